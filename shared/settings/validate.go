@@ -1,0 +1,169 @@
+package settings
+
+import (
+	"encoding/base64"
+	"fmt"
+	"net"
+	"net/mail"
+	"regexp"
+	"strconv"
+	"time"
+
+	"farkeep/shared/tomlfile"
+
+	"golang.org/x/crypto/ssh"
+)
+
+var (
+	namePattern       = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]{0,62}$`)
+	repositoryPattern = regexp.MustCompile(`^(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,127}\*?)$`)
+	interfacePattern  = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,15}$`)
+	luksUUIDPattern   = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+)
+
+// validator keeps the first mistake and finds its line.
+type validator struct {
+	file string
+	text []byte
+	err  error
+}
+
+// check records a mistake in the n-th occurrence of table.key unless ok.
+func (v *validator) check(ok bool, table, key string, n int, format string, args ...any) {
+	if ok || v.err != nil {
+		return
+	}
+	full := key
+	if table != "" {
+		full = table + "." + key
+	}
+	v.err = &tomlfile.Error{File: v.file, Line: tomlfile.Line(v.text, table, key, n), Key: full, Text: fmt.Sprintf(format, args...)}
+}
+
+func (a *Appliance) validate(v *validator) {
+	v.check(namePattern.MatchString(a.Name), "", "name", 0, "%q is not a name: small letters, digits, dots and dashes, 63 at most", a.Name)
+	v.check(namePattern.MatchString(a.Site), "", "site", 0, "%q is not a name: small letters, digits, dots and dashes, 63 at most", a.Site)
+	v.privateKey(string(a.Identity.HostKey), "host_key")
+	v.privateKey(string(a.Identity.ClientKey), "client_key")
+	a.validateNetwork(v)
+	a.validateVPN(v)
+
+	v.check(len(a.KeyServers) >= 1 && len(a.KeyServers) <= MaxKeyServers, "key_server", "address", 0, "1 to %d key servers are needed, %d are named", MaxKeyServers, len(a.KeyServers))
+	for i, k := range a.KeyServers {
+		v.check(namePattern.MatchString(k.Name), "key_server", "name", i, "%q is not a name", k.Name)
+		v.hostPort(k.Address, "key_server", "address", i)
+		v.publicKey(k.HostKey, "key_server", "host_key", i)
+	}
+	a.validateDisk(v)
+	a.validateReceiver(v)
+	a.validateAlarms(v)
+}
+
+func (a *Appliance) validateNetwork(v *validator) {
+	n := a.Network
+	v.check(n.Interface == "" || interfacePattern.MatchString(n.Interface), "network", "interface", 0, "%q is not an interface name", n.Interface)
+	v.check(!n.Gateway.IsValid() || n.Address.IsValid(), "network", "gateway", 0, "a gateway needs a fixed address: set address too, or remove it")
+	v.check(len(a.Clock.Servers) <= MaxClockServers, "clock", "servers", 0, "at most %d time sources", MaxClockServers)
+	for _, s := range a.Clock.Servers {
+		v.check(s != "" && len(s) <= 255, "clock", "servers", 0, "%q is not a host", s)
+	}
+}
+
+func (a *Appliance) validateVPN(v *validator) {
+	w := a.VPN
+	v.check(interfacePattern.MatchString(w.Interface), "vpn", "interface", 0, "%q is not an interface name", w.Interface)
+	if w.PrivateKey == "" && len(w.Peers) == 0 {
+		return // the system's own VPN; only service mode accepts that
+	}
+	v.wireGuardKey(w.PrivateKey.Reveal(), "vpn", "private_key", 0)
+	v.check(w.Address.IsValid(), "vpn", "address", 0, "the appliance's address in the VPN is missing: write for instance 10.77.0.2/24")
+	v.check(w.ListenPort >= 0 && w.ListenPort <= 65535, "vpn", "listen_port", 0, "%d is not a port", w.ListenPort)
+	v.check(len(w.Peers) >= 1 && len(w.Peers) <= MaxPeers, "vpn.peer", "public_key", 0, "1 to %d peers are needed, %d are named", MaxPeers, len(w.Peers))
+	for i, p := range w.Peers {
+		v.check(namePattern.MatchString(p.Name), "vpn.peer", "name", i, "%q is not a name", p.Name)
+		v.wireGuardKey(p.PublicKey, "vpn.peer", "public_key", i)
+		if p.PresharedKey != "" {
+			v.wireGuardKey(p.PresharedKey.Reveal(), "vpn.peer", "preshared_key", i)
+		}
+		v.check(len(p.Endpoints) >= 1 && len(p.Endpoints) <= MaxEndpoints, "vpn.peer", "endpoints", i, "1 to %d endpoints are needed", MaxEndpoints)
+		for _, e := range p.Endpoints {
+			v.hostPort(e, "vpn.peer", "endpoints", i)
+		}
+		v.check(len(p.AllowedIPs) > 0, "vpn.peer", "allowed_ips", i, "the peer's addresses are missing")
+		v.check(p.Keepalive.Std() >= time.Second && p.Keepalive.Std() <= time.Hour, "vpn.peer", "keepalive", i, "%v is not between 1s and 1h", p.Keepalive)
+	}
+}
+
+func (a *Appliance) validateDisk(v *validator) {
+	d := a.Disk
+	v.check(luksUUIDPattern.MatchString(d.LUKS), "disk", "luks_uuid", 0, "%q is not a LUKS UUID: farkeep-image disk prints it, and so does cryptsetup luksUUID", d.LUKS)
+	r := d.Relay
+	v.check(r.Driver == "none" || r.Driver == "gpio", "disk.relay", "driver", 0, "%q is neither gpio nor none", r.Driver)
+	v.check(r.Active == "high" || r.Active == "low", "disk.relay", "active", 0, "%q is neither high nor low", r.Active)
+	v.check(r.Line >= 0 && r.Line <= 57, "disk.relay", "line", 0, "%d is not a GPIO line (0 to 57)", r.Line)
+	v.check(d.Window.Length.Std() <= 24*time.Hour, "disk.window", "length", 0, "%v is longer than a day", d.Window.Length)
+	v.check(d.IdleClose.Std() >= time.Second, "disk", "idle_close", 0, "%v is shorter than 1s", d.IdleClose)
+}
+
+func (a *Appliance) validateReceiver(v *validator) {
+	v.check(a.Receiver.Port >= 1 && a.Receiver.Port <= 65535, "receiver", "port", 0, "%d is not a port", a.Receiver.Port)
+	v.check(len(a.Receiver.Keys) <= MaxReceiverKeys, "receiver.key", "name", 0, "at most %d keys", MaxReceiverKeys)
+	seen := map[string]bool{}
+	for i, k := range a.Receiver.Keys {
+		v.check(namePattern.MatchString(k.Name), "receiver.key", "name", i, "%q is not a name", k.Name)
+		v.publicKey(k.PublicKey, "receiver.key", "public_key", i)
+		v.check(!seen[k.PublicKey], "receiver.key", "public_key", i, "the same key is authorised twice: one key has one role")
+		seen[k.PublicKey] = true
+		v.check(k.Role == "push" || k.Role == "restore" || k.Role == "admin", "receiver.key", "role", i, "%q is not push, restore or admin", k.Role)
+		v.check(k.Role != "push" || len(k.Repositories) > 0, "receiver.key", "repositories", i, "a push key needs the repositories that it may push")
+		for _, name := range k.Repositories {
+			v.check(repositoryPattern.MatchString(name), "receiver.key", "repositories", i, "%q is not a repository name", name)
+		}
+		v.check(k.QuotaBytes >= 0, "receiver.key", "quota_bytes", i, "a quota cannot be negative")
+	}
+}
+
+func (a *Appliance) validateAlarms(v *validator) {
+	d := a.DeadMan
+	v.check(d.HeartbeatAge.Std() >= time.Second, "dead_man", "heartbeat_age", 0, "%v is shorter than 1s", d.HeartbeatAge)
+	v.check(d.ReminderInterval.Std() >= time.Second, "dead_man", "reminder_interval", 0, "%v is shorter than 1s", d.ReminderInterval)
+	v.check(d.CheckInterval.Std() >= time.Second, "dead_man", "check_interval", 0, "%v is shorter than 1s", d.CheckInterval)
+	v.check(d.DiskFullPercent >= 1 && d.DiskFullPercent <= 100, "dead_man", "disk_full_percent", 0, "%d is not between 1 and 100", d.DiskFullPercent)
+
+	m := a.Mail
+	v.hostPort(m.Server, "mail", "server", 0)
+	v.check(m.TLS == "implicit" || m.TLS == "starttls", "mail", "tls", 0, "%q is neither implicit nor starttls", m.TLS)
+	v.address(m.From, "from")
+	v.check(len(m.To) >= 1 && len(m.To) <= MaxRecipients, "mail", "to", 0, "1 to %d recipients are needed", MaxRecipients)
+	for _, to := range m.To {
+		v.address(to, "to")
+	}
+}
+
+func (v *validator) address(s, key string) {
+	parsed, err := mail.ParseAddress(s)
+	v.check(err == nil && parsed.Address == s, "mail", key, 0, "%q is not a mail address", s)
+}
+
+func (v *validator) hostPort(s, table, key string, n int) {
+	host, port, err := net.SplitHostPort(s)
+	p, perr := strconv.Atoi(port)
+	v.check(err == nil && perr == nil && host != "" && len(s) <= 260 && p >= 1 && p <= 65535, table, key, n, "%q is not host:port", s)
+}
+
+func (v *validator) publicKey(s, table, key string, n int) {
+	k, _, _, rest, err := ssh.ParseAuthorizedKey([]byte(s))
+	v.check(err == nil && len(rest) == 0, table, key, n, "this is not an SSH public key (ssh-ed25519 AAAA...)")
+	v.check(err != nil || k.Type() == ssh.KeyAlgoED25519 || k.Type() == ssh.KeyAlgoSKED25519, table, key, n, "only Ed25519 keys are accepted: make one with ssh-keygen -t ed25519")
+}
+
+func (v *validator) privateKey(s, key string) {
+	k, err := ssh.ParsePrivateKey([]byte(s))
+	v.check(err == nil, "identity", key, 0, "this is not an unencrypted OpenSSH private key")
+	v.check(err != nil || k.PublicKey().Type() == ssh.KeyAlgoED25519, "identity", key, 0, "only Ed25519 keys are accepted")
+}
+
+func (v *validator) wireGuardKey(s, table, key string, n int) {
+	b, err := base64.StdEncoding.DecodeString(s)
+	v.check(err == nil && len(b) == 32, table, key, n, "this is not a WireGuard key (32 bytes in base64)")
+}

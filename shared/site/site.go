@@ -1,0 +1,123 @@
+// Package site is site.toml, the description of one home and its appliances.
+//
+// It holds names, addresses, public keys and policies, and no secret: it may be
+// copied, printed and kept in version control. farkeep-image makes and extends
+// it, farkeep-pusher and farkeep-keyserver read it.
+package site
+
+import (
+	"net/netip"
+
+	"farkeep/shared/settings"
+	"farkeep/shared/tomlfile"
+)
+
+// Site is the content of site.toml, validated.
+type Site struct {
+	Name         string       `toml:"name"`
+	VPN          VPN          `toml:"vpn"`
+	Home         Home         `toml:"home"`
+	KeyServers   []KeyServer  `toml:"key_server"`
+	Appliances   []Appliance  `toml:"appliance"`
+	Repositories []Repository `toml:"repository"`
+	Folders      []Folder     `toml:"repository_folder"`
+	Directories  []Directory  `toml:"directory_target"`
+	Push         Push         `toml:"push"`
+	Mail         Mail         `toml:"mail"`
+	DeadMan      DeadMan      `toml:"dead_man"`
+	Clock        Clock        `toml:"clock"`
+}
+
+// VPN is the WireGuard network between home and its appliances.
+type VPN struct {
+	Network   netip.Prefix `toml:"network"`   // for instance 10.77.0.0/24
+	Endpoints []string     `toml:"endpoints"` // home, as seen from outside and from its own LAN; host:port
+}
+
+// Home is the Borg server.
+type Home struct {
+	Name       string     `toml:"name"` // the host name that heartbeats carry
+	VPNAddress netip.Addr `toml:"vpn_address"`
+	VPNKey     string     `toml:"vpn_key"`  // WireGuard public key
+	PushKey    string     `toml:"push_key"` // the pusher's SSH public key
+}
+
+// KeyServer is one key server of the site.
+type KeyServer struct {
+	Name    string `toml:"name"`
+	Address string `toml:"address"`  // host:port, as the appliances reach it
+	HostKey string `toml:"host_key"` // public, authorized_keys form
+}
+
+// Appliance is one Pi elsewhere.
+type Appliance struct {
+	Name       string          `toml:"name"`
+	Board      string          `toml:"board"` // "pi3", "pi4", "zero2w", "virt", or "service"
+	VPNAddress netip.Addr      `toml:"vpn_address"`
+	VPNKey     string          `toml:"vpn_key"`
+	Address    string          `toml:"address"`    // host:port of its receiver; default the VPN address, port 22
+	HostKey    string          `toml:"host_key"`   // public
+	ClientKey  string          `toml:"client_key"` // public; what key servers authorise
+	LUKS       string          `toml:"luks_uuid"`  // "" until its disk is prepared
+	Relay      settings.Relay  `toml:"relay"`
+	Window     settings.Window `toml:"window"`
+}
+
+// Repository is one named directory tree to mirror.
+type Repository struct {
+	Name string `toml:"name"`
+	Path string `toml:"path"`
+	// Mount is the mount point that must be mounted for Path to be trusted; ""
+	// accepts whatever file system Path was on when it was first pushed.
+	Mount string `toml:"mount"`
+}
+
+// Folder is a folder in which every Borg repository is mirrored under its own name.
+type Folder struct {
+	Path    string   `toml:"path"`
+	Prefix  string   `toml:"prefix"`  // put before each repository's name
+	Exclude []string `toml:"exclude"` // names directly inside Path that are neither mirrored nor reported
+	Mount   string   `toml:"mount"`
+}
+
+// Directory is a target that is a local folder: a NAS mount, or a disk that is
+// filled at home before it travels.
+type Directory struct {
+	Name string `toml:"name"`
+	Path string `toml:"path"`
+}
+
+// Push tunes the pusher.
+type Push struct {
+	LockWait  settings.Duration `toml:"lock_wait"`  // how long to wait for Borg's lock; default 1h
+	RateLimit int64             `toml:"rate_limit"` // bytes per second and appliance; 0: none
+	WakeWait  settings.Duration `toml:"wake_wait"`  // how long a disk may take to open; default 10m
+}
+
+// Mail is how appliances send mail; the password is in the secrets folders.
+type Mail struct {
+	Server string   `toml:"server"`
+	TLS    string   `toml:"tls"`
+	User   string   `toml:"user"`
+	From   string   `toml:"from"`
+	To     []string `toml:"to"`
+	RootCA string   `toml:"root_ca"`
+}
+
+// DeadMan overrides the appliances' alarm thresholds; zero keeps the default.
+type DeadMan = settings.DeadMan
+
+// Clock names the time sources of the appliances.
+type Clock = settings.Clock
+
+// Read reads and validates the file at path.
+func Read(path string) (*Site, error) {
+	s := &Site{}
+	if err := tomlfile.Read(path, s); err != nil {
+		return nil, err
+	}
+	if err := s.validate(path); err != nil {
+		return nil, err
+	}
+	return s, nil
+}

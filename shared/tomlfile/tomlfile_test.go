@@ -1,0 +1,57 @@
+package tomlfile_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"farkeep/shared/tomlfile"
+)
+
+type config struct {
+	Name string `toml:"name"`
+	Disk struct {
+		Percent int `toml:"percent"`
+	} `toml:"disk"`
+}
+
+func TestParse(t *testing.T) {
+	tests := []struct{ name, text, wantErr string }{
+		{"plain", "name = 'a'\n[disk]\npercent = 95\n", ""},
+		{"byte order mark and CRLF", "\xef\xbb\xbfname = 'a'\r\n[disk]\r\npercent = 95\r\n", ""},
+		{"unknown key", "name = 'a'\n\n[disk]\npercnt = 95\n", "f.toml:4: disk.percnt: unknown key"},
+		{"unknown table", "name = 'a'\n[disc]\nx = 1\n", "f.toml:2: disc: unknown key"},
+		{"wrong type", "name = 'a'\n[disk]\npercent = 'many'\n", "f.toml:3: disk.percent: "},
+		{"syntax", "name = 'a\n", "f.toml:1: "},
+		{"set twice", "name = 'a'\nname = 'b'\n", "f.toml"},
+		{"too large", strings.Repeat("# comment\n", tomlfile.MaxSize/10+1), "larger than"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var c config
+			err := tomlfile.Parse("f.toml", []byte(tt.text), &c)
+			if tt.wantErr == "" {
+				if err != nil || c.Name != "a" || c.Disk.Percent != 95 {
+					t.Fatalf("got %+v, %v", c, err)
+				}
+				return
+			}
+			var e *tomlfile.Error
+			if !errors.As(err, &e) || !strings.Contains(err.Error(), tt.wantErr) {
+				t.Fatalf("got %v; want it to contain %q", err, tt.wantErr)
+			}
+		})
+	}
+}
+
+func TestLine(t *testing.T) {
+	text := []byte("name = 1\n[peer]\nname = 2\n[[peer]]\nname = 3\n")
+	for _, tt := range []struct {
+		table, key string
+		n, want    int
+	}{{"", "name", 0, 1}, {"peer", "name", 0, 3}, {"peer", "name", 1, 5}, {"peer", "none", 0, 0}} {
+		if got := tomlfile.Line(text, tt.table, tt.key, tt.n); got != tt.want {
+			t.Errorf("Line(%q, %q, %d) = %d; want %d", tt.table, tt.key, tt.n, got, tt.want)
+		}
+	}
+}
