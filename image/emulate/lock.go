@@ -1,0 +1,67 @@
+package emulate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// turn waits until no other emulated machine runs on this host, and returns the function that gives the turn
+// back.
+//
+// Without a hardware accelerator an emulated machine takes a whole CPU and more. Two at a time slow each
+// other until time limits inside the guests strike (USB enumeration, DHCP, watchdog), and a test fails
+// for no reason of its own. "go test" runs packages side by side, so the packages cannot arrange it among
+// themselves. The kernel drops the lock of a process that dies.
+func turn(ctx context.Context, path string, patience time.Duration, log *slog.Logger) (func(), error) {
+	f, err := openLock(path)
+	if err != nil {
+		return nil, err
+	}
+	deadline := time.Now().Add(patience)
+	for told := false; ; told = true {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		if time.Now().After(deadline) {
+			f.Close()
+			return nil, fmt.Errorf("another emulated machine on this host did not end within %s (it holds %s)", patience, path)
+		}
+		if !told {
+			log.Info("waiting for another emulated machine on this host to end", "lock", path)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("wait for another emulated machine to end: %w", ctx.Err())
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// openLock opens the lock file, which users of one host share. It does not create what exists: in a sticky
+// folder the kernel refuses O_CREAT on another user's file (fs.protected_regular).
+func openLock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		f, err = os.OpenFile(path, os.O_RDONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o644)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the emulator's lock file: %w", err)
+	}
+	return f, nil
+}
+
+func lockPath() string { return filepath.Join(os.TempDir(), "farkeep-emulate.lock") }
