@@ -1,0 +1,235 @@
+package sshverb
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"farkeep/shared/hint"
+)
+
+// Peer says whom to dial and as whom.
+type Peer struct {
+	Address  string        // host:port
+	User     string        // SSH user name; servers of ours ignore it
+	Identity ssh.Signer    // who we are
+	HostKey  ssh.PublicKey // who the peer must be
+	// Connect is the bound for TCP and SSH handshake together; default 15s.
+	Connect time.Duration
+	// Idle is the bound for silence, keepalives included; default 2m.
+	Idle time.Duration
+	// DialContext replaces net.Dialer's, for tunnels and tests.
+	DialContext func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// ErrHostKey is wrapped when the peer shows another host key than the pinned one.
+var ErrHostKey = errors.New("the host key is not the one on record")
+
+// Client is a connection to a peer. It is safe for concurrent use.
+type Client struct {
+	conn *ssh.Client
+	raw  net.Conn
+	stop func()
+}
+
+// Dial connects and authenticates. The caller must Close the client. Errors
+// carry hint.ExitUnreachable or hint.ExitRefused.
+func Dial(ctx context.Context, p Peer) (*Client, error) {
+	if p.Connect == 0 {
+		p.Connect = 15 * time.Second
+	}
+	if p.Idle == 0 {
+		p.Idle = 2 * time.Minute
+	}
+	dial := p.DialContext
+	if dial == nil {
+		dial = (&net.Dialer{}).DialContext
+	}
+	deadline, cancel := context.WithTimeout(ctx, p.Connect)
+	defer cancel()
+	raw, err := dial(deadline, "tcp", p.Address)
+	if err != nil {
+		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("connect to %s: %w", p.Address, err))
+	}
+	stopWatch := context.AfterFunc(deadline, func() { raw.Close() })
+	config := &ssh.ClientConfig{
+		Config:            algorithms(),
+		User:              p.User,
+		Auth:              []ssh.AuthMethod{ssh.PublicKeys(p.Identity)},
+		HostKeyAlgorithms: []string{ssh.KeyAlgoED25519},
+		ClientVersion:     "SSH-2.0-Farkeep",
+		HostKeyCallback: func(_ string, _ net.Addr, key ssh.PublicKey) error {
+			if !bytes.Equal(key.Marshal(), p.HostKey.Marshal()) {
+				return fmt.Errorf("%w: it shows %s, on record is %s", ErrHostKey, ssh.FingerprintSHA256(key), ssh.FingerprintSHA256(p.HostKey))
+			}
+			return nil
+		},
+	}
+	conn, channels, requests, err := ssh.NewClientConn(raw, p.Address, config)
+	if err == nil && !stopWatch() {
+		conn.Close()
+		err = deadline.Err()
+	}
+	if err != nil {
+		stopWatch()
+		raw.Close()
+		return nil, dialError(p, err, deadline.Err())
+	}
+	client := ssh.NewClient(conn, channels, requests)
+	return &Client{conn: client, raw: raw, stop: keepAlive(context.WithoutCancel(ctx), client.Conn, raw, p.Idle)}, nil
+}
+
+func dialError(p Peer, err, expired error) error {
+	wrapped := fmt.Errorf("speak SSH to %s: %w", p.Address, err)
+	switch {
+	case errors.Is(err, ErrHostKey):
+		return hint.Exit(hint.ExitRefused, hint.Because(wrapped, "somebody stands between, or the machine was made new: compare the fingerprint on the machine itself before you change it in the configuration"))
+	case expired != nil:
+		return hint.Exit(hint.ExitUnreachable, fmt.Errorf("speak SSH to %s: no answer within %v", p.Address, p.Connect))
+	case strings.Contains(err.Error(), "unable to authenticate"):
+		return hint.Exit(hint.ExitRefused, hint.Because(wrapped, "the peer does not know the key %s", ssh.FingerprintSHA256(p.Identity.PublicKey())))
+	default:
+		return hint.Exit(hint.ExitUnreachable, wrapped)
+	}
+}
+
+// Close ends the connection and everything in it.
+func (c *Client) Close() error {
+	c.stop()
+	return c.conn.Close()
+}
+
+// Dialogue is a verb in progress: write its input to Stdin and close it, read
+// its output from Stdout to EOF, then Wait.
+type Dialogue struct {
+	Stdin  io.WriteCloser
+	Stdout io.Reader
+
+	session *ssh.Session
+	verb    string
+	stderr  *tail
+	release func() bool
+}
+
+// Start begins a verb. When ctx ends the verb is cut off.
+func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
+	if _, _, err := ParseVerb(verb); err != nil {
+		return nil, err
+	}
+	session, err := c.conn.NewSession()
+	if err != nil {
+		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %q: %w", verb, err))
+	}
+	d := &Dialogue{session: session, verb: verb, stderr: &tail{}}
+	if d.Stdin, err = session.StdinPipe(); err == nil {
+		d.Stdout, err = session.StdoutPipe()
+	}
+	session.Stderr = d.stderr
+	if err == nil {
+		err = session.Start(verb)
+	}
+	if err != nil {
+		session.Close()
+		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("start %q: %w", verb, err))
+	}
+	d.release = context.AfterFunc(ctx, func() { session.Close() })
+	return d, nil
+}
+
+// Wait returns how the verb ended: nil for exit status 0, an *Error with the
+// peer's words for another, hint.ExitUnreachable where the connection broke.
+func (d *Dialogue) Wait() error {
+	err := d.session.Wait()
+	if d.release != nil && !d.release() {
+		return hint.Exit(hint.ExitCancelled, fmt.Errorf("%s: %w", d.verb, context.Canceled))
+	}
+	d.session.Close()
+	if err == nil {
+		return nil
+	}
+	var exit *ssh.ExitError
+	if errors.As(err, &exit) {
+		text, next, _ := strings.Cut(strings.TrimSpace(d.stderr.String()), "\nhint: ")
+		if text == "" {
+			text = fmt.Sprintf("exit status %d without a word", exit.ExitStatus())
+		}
+		return hint.Exit(exit.ExitStatus(), hint.Because(&Error{Code: exit.ExitStatus(), Text: printableLines(text), Hint: printable(next)}, "%s", printableLines(next)))
+	}
+	return hint.Exit(hint.ExitUnreachable, fmt.Errorf("%s: the connection broke: %w", d.verb, err))
+}
+
+// Close cuts the verb off.
+func (d *Dialogue) Close() error {
+	d.release()
+	return d.session.Close()
+}
+
+// Run carries out a verb: in is sent (nil for nothing), at most limit bytes of
+// output are returned.
+func (c *Client) Run(ctx context.Context, verb string, in io.Reader, limit int64) ([]byte, error) {
+	d, err := c.Start(ctx, verb)
+	if err != nil {
+		return nil, err
+	}
+	sent := make(chan error, 1)
+	go func() {
+		var err error
+		if in != nil {
+			_, err = io.Copy(d.Stdin, in)
+		}
+		d.Stdin.Close()
+		sent <- err
+	}()
+	out, readErr := io.ReadAll(io.LimitReader(d.Stdout, limit+1))
+	if int64(len(out)) > limit {
+		d.Close()
+		<-sent
+		return nil, fmt.Errorf("%s: the answer is longer than %d bytes", verb, limit)
+	}
+	err = d.Wait()
+	sendErr := <-sent
+	switch {
+	case err != nil:
+		return out, err // the peer's reason explains a broken send too
+	case readErr != nil:
+		return out, fmt.Errorf("%s: read the answer: %w", verb, readErr)
+	case sendErr != nil && !errors.Is(sendErr, io.EOF):
+		return out, fmt.Errorf("%s: send: %w", verb, sendErr)
+	}
+	return out, nil
+}
+
+// tail keeps the beginning of what a peer says on stderr: enough for a message,
+// too little to fill a memory.
+type tail struct{ b []byte }
+
+func (t *tail) Write(p []byte) (int, error) {
+	const limit = 8 << 10
+	if room := limit - len(t.b); room > 0 {
+		t.b = append(t.b, p[:min(room, len(p))]...)
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string { return string(t.b) }
+
+// printableLines makes a peer's message safe for a terminal: no control
+// characters but line ends, 4 KiB at most.
+func printableLines(s string) string {
+	if len(s) > 4096 {
+		s = s[:4096]
+	}
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || (r >= ' ' && r != 0x7f && r < 0x80) || r >= 0xa0 {
+			return r
+		}
+		return '?'
+	}, s)
+}

@@ -1,0 +1,345 @@
+package sshverb
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"farkeep/shared/hint"
+)
+
+// Limits bound what peers can make a server hold. Zero fields get the defaults.
+type Limits struct {
+	Connections int           // at once; default 16
+	Sessions    int           // at once in one connection; default 8
+	Handshake   time.Duration // TCP accept to authenticated; default 20s
+	Idle        time.Duration // without a byte from the peer, keepalives included; default 2m
+	Stall       time.Duration // a session waiting for the peer to send or take data; default 2m
+}
+
+func (l Limits) withDefaults() Limits {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	if l.Connections == 0 {
+		l.Connections = 16
+	}
+	if l.Sessions == 0 {
+		l.Sessions = 8
+	}
+	def(&l.Handshake, 20*time.Second)
+	def(&l.Idle, 2*time.Minute)
+	def(&l.Stall, 2*time.Minute)
+	return l
+}
+
+// Handler carries out one verb or subsystem. It returns nil for exit status 0.
+// An *Error is told to the peer; any other error is logged and the peer learns
+// only that something inside went wrong. ctx ends when the peer hangs up, when
+// it stalls, and when the server stops.
+type Handler func(ctx context.Context, s *Session) error
+
+// Server answers verbs on one listener.
+type Server struct {
+	HostKey ssh.Signer
+	// Authorise decides who a key is. It must be quick and safe for concurrent
+	// use; the permissions it returns are handed to every Session. SSH asks it
+	// before the peer has proved that it holds the key: record nothing here.
+	Authorise func(key ssh.PublicKey, peer net.Addr) (*ssh.Permissions, error)
+	// Exec handles exec requests, Session.Verb and Args being set. It must
+	// refuse verbs that it does not know.
+	Exec Handler
+	// Subsystems by name ("sftp"); nil for none.
+	Subsystems map[string]Handler
+	Limits     Limits
+	Log        *slog.Logger
+}
+
+// Session is one verb in progress. Reads and writes fail once the peer has
+// stalled for longer than Limits.Stall.
+type Session struct {
+	ID          string // unique per process, on every log line
+	Peer        net.Addr
+	Key         ssh.PublicKey
+	Permissions *ssh.Permissions
+	Verb        string
+	Args        []string
+	Stdin       io.Reader
+	Stdout      io.Writer
+	Stderr      io.Writer
+	Log         *slog.Logger
+
+	channel ssh.Channel
+}
+
+// ReadWriteCloser joins Stdin and Stdout, for subsystems.
+func (s *Session) ReadWriteCloser() io.ReadWriteCloser {
+	return struct {
+		io.Reader
+		io.Writer
+		io.Closer
+	}{s.Stdin, s.Stdout, s.channel}
+}
+
+// Serve accepts connections until ctx ends, then closes l and every connection
+// and waits for the handlers. It returns nil when ctx ended.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	config := &ssh.ServerConfig{
+		Config:        algorithms(),
+		MaxAuthTries:  4,
+		ServerVersion: "SSH-2.0-Farkeep",
+		// An unknown key and a known one of another appliance look the same.
+		PublicKeyAuthAlgorithms: []string{ssh.KeyAlgoED25519, ssh.KeyAlgoSKED25519},
+	}
+	config.AddHostKey(s.HostKey)
+	limits := s.Limits.withDefaults()
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+
+	var conns sync.WaitGroup
+	defer conns.Wait()
+	slots := make(chan struct{}, limits.Connections)
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			var temporary interface{ Temporary() bool }
+			if errors.As(err, &temporary) && temporary.Temporary() {
+				s.Log.Warn("accept", "err", err)
+				select { // out of file descriptors: wait for some to come free
+				case <-time.After(100 * time.Millisecond):
+					continue
+				case <-ctx.Done():
+					return nil
+				}
+			}
+			return fmt.Errorf("accept connections on %s: %w", l.Addr(), err)
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			s.Log.Warn("too many connections, one turned away", "peer", conn.RemoteAddr(), "limit", limits.Connections)
+			conn.Close()
+			continue
+		}
+		conns.Add(1)
+		go func() {
+			defer func() { <-slots; conns.Done() }()
+			s.serveConn(ctx, conn, config, limits)
+		}()
+	}
+}
+
+func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerConfig, limits Limits) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	id := newID()
+	log := s.Log.With("conn", id, "peer", conn.RemoteAddr().String())
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+
+	config := *base
+	var offered ssh.PublicKey
+	config.PublicKeyCallback = func(_ ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
+		return s.Authorise(key, conn.RemoteAddr())
+	}
+	config.VerifiedPublicKeyCallback = func(_ ssh.ConnMetadata, key ssh.PublicKey, p *ssh.Permissions, _ string) (*ssh.Permissions, error) {
+		offered = key
+		return p, nil
+	}
+	conn.SetDeadline(time.Now().Add(limits.Handshake))
+	sc, channels, requests, err := ssh.NewServerConn(conn, &config)
+	if err != nil {
+		log.Info("handshake not completed", "err", err)
+		return
+	}
+	defer sc.Close()
+	conn.SetDeadline(time.Time{})
+	log = log.With("key", ssh.FingerprintSHA256(offered))
+	log.Info("connected", "client", printable(string(sc.ClientVersion())))
+	go ssh.DiscardRequests(requests)
+
+	stopKeepalive := keepAlive(ctx, sc, conn, limits.Idle)
+	defer stopKeepalive()
+
+	var sessions sync.WaitGroup
+	defer sessions.Wait()
+	defer cancel()
+	slots := make(chan struct{}, limits.Sessions)
+	for n := 1; ; n++ {
+		newChannel, ok := <-channels
+		if !ok {
+			log.Info("disconnected")
+			return
+		}
+		if newChannel.ChannelType() != "session" {
+			newChannel.Reject(ssh.Prohibited, "only sessions are served here")
+			continue
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			newChannel.Reject(ssh.ResourceShortage, "too many sessions in this connection")
+			continue
+		}
+		channel, channelRequests, err := newChannel.Accept()
+		if err != nil {
+			<-slots
+			return
+		}
+		session := &Session{
+			ID: fmt.Sprintf("%s.%d", id, n), Peer: conn.RemoteAddr(), Key: offered,
+			Permissions: sc.Permissions, channel: channel, Log: log.With("session", n),
+		}
+		sessions.Add(1)
+		go func() {
+			defer func() { <-slots; sessions.Done() }()
+			s.serveSession(ctx, session, channelRequests, limits)
+		}()
+	}
+}
+
+// serveSession waits for the one request that names the work, and does it.
+func (s *Server) serveSession(ctx context.Context, session *Session, requests <-chan *ssh.Request, limits Limits) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer session.channel.Close()
+	tooSlow := time.AfterFunc(limits.Handshake, func() { session.channel.Close() })
+	defer tooSlow.Stop()
+
+	for req := range requests {
+		var handler Handler
+		switch req.Type {
+		case "exec":
+			line, err := payloadString(req.Payload)
+			if err == nil {
+				session.Verb, session.Args, err = ParseVerb(line)
+			}
+			handler = s.Exec
+			if err != nil {
+				session.Log.Warn("bad verb line", "err", err)
+				handler = func(context.Context, *Session) error {
+					return &Error{Code: hint.ExitUsage, Text: "this is not a verb", Hint: "see docs/protocol.md for the verbs", Err: err}
+				}
+			}
+		case "subsystem":
+			name, err := payloadString(req.Payload)
+			if err == nil {
+				session.Verb = name
+				handler = s.Subsystems[name]
+			}
+		case "shell":
+			handler = func(context.Context, *Session) error {
+				return &Error{Code: hint.ExitUsage, Text: "there is no shell here", Hint: "name a verb, for instance: ssh HOST status"}
+			}
+		}
+		if handler == nil {
+			if req.WantReply {
+				req.Reply(false, nil)
+			}
+			continue
+		}
+		tooSlow.Stop()
+		if req.WantReply {
+			req.Reply(true, nil)
+		}
+		go func() { // the peer's hang-up closes requests
+			ssh.DiscardRequests(requests)
+			cancel()
+		}()
+		s.run(ctx, cancel, handler, session, limits)
+		return
+	}
+}
+
+func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Handler, session *Session, limits Limits) {
+	ch := session.channel
+	guard := &stallGuard{limit: limits.Stall, expire: func() {
+		session.Log.Warn("the peer stalled, its session ends", "verb", session.Verb, "after", limits.Stall)
+		cancel()
+		ch.Close()
+	}}
+	session.Stdin = guard.reader(ch)
+	session.Stdout = guard.writer(ch)
+	session.Stderr = guard.writer(ch.Stderr())
+	stop := context.AfterFunc(ctx, func() { ch.Close() })
+	defer stop()
+
+	started := time.Now()
+	err := protect(ctx, handler, session)
+	code := hint.ExitOK
+	if err != nil {
+		text, next := "something went wrong inside", "the other side's log says what"
+		code = hint.ExitFailure
+		var told *Error
+		if errors.As(err, &told) {
+			text, next, code = told.Text, told.Hint, told.Code
+		}
+		fmt.Fprintf(session.Stderr, "%s\n", text)
+		if next != "" {
+			fmt.Fprintf(session.Stderr, "hint: %s\n", next)
+		}
+		session.Log.Warn("verb not carried out", "verb", session.Verb, "args", session.Args, "code", code, "err", err)
+	} else {
+		session.Log.Info("verb done", "verb", session.Verb, "args", session.Args, "took", time.Since(started).Round(time.Millisecond))
+	}
+	ch.CloseWrite()
+	ch.SendRequest("exit-status", false, ssh.Marshal(struct{ Status uint32 }{uint32(code)}))
+}
+
+// protect keeps a panic in one session from ending all the others.
+func protect(ctx context.Context, handler Handler, session *Session) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			session.Log.Error("panic in a session", "verb", session.Verb, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	return handler(ctx, session)
+}
+
+func payloadString(payload []byte) (string, error) {
+	var p struct{ Value string }
+	if len(payload) > MaxVerbLine+4 {
+		return "", fmt.Errorf("%w: longer than %d bytes", ErrBadVerb, MaxVerbLine)
+	}
+	err := ssh.Unmarshal(payload, &p)
+	return p.Value, err
+}
+
+func newID() string {
+	var b [4]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+// printable makes a peer's text safe for a log line.
+func printable(s string) string {
+	out := []rune(s)
+	if len(out) > 64 {
+		out = out[:64]
+	}
+	for i, r := range out {
+		if r < ' ' || r > '~' {
+			out[i] = '?'
+		}
+	}
+	return string(out)
+}
