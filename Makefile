@@ -1,0 +1,50 @@
+# Farkeep. "make demo" shows the main job, "make test" proves it.
+# Both install the Debian packages that they need when they run as root.
+
+export CGO_ENABLED := 0
+GO       ?= go
+FUZZTIME ?= 30s
+NEEDS    := qemu-system-arm borgbackup rsync openssh-client openssh-server cryptsetup-bin \
+            e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2
+
+.PHONY: help all demo test test-fast lint bench fuzz image needs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+all: ## build the programs into bin/
+	@mkdir -p bin
+	$(GO) build -trimpath -o bin/farkeep-pusher ./pusher
+	$(GO) build -trimpath -o bin/farkeep-keyserver ./keyserver
+	$(GO) build -trimpath -o bin/farkeep-image ./image
+	$(GO) build -trimpath -o bin/farkeep-appliance ./appliance
+	GOARCH=arm64 $(GO) build -trimpath -ldflags='-s -w' -o bin/farkeep-appliance-arm64 ./appliance
+
+demo: needs all ## build an image, boot a Pi from it, push, cut its power, restore, raise the alarm
+	bin/farkeep-image demo --bin bin
+
+test: needs all ## run every test, the emulated Pi included
+	$(GO) test -timeout 28m -p 2 -tags vm ./...
+
+test-fast: needs ## run the tests that need no emulator
+	$(GO) test -timeout 10m ./...
+
+lint: ## gofmt, go vet, staticcheck, govulncheck where they can be had
+	.ci/lint
+
+bench: needs all ## measure against the programs that a user would take instead
+	$(GO) test -run '^$$' -bench . -benchtime 1x ./...
+
+fuzz: ## run every fuzz target for FUZZTIME
+	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
+	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+image: all ## build the flashable image into out/
+	@mkdir -p out
+	bin/farkeep-image build --appliance bin/farkeep-appliance-arm64 --out out/farkeep.img
+
+needs:
+	@.ci/needs $(NEEDS)
+
+clean: ## remove what was built
+	rm -rf bin out
