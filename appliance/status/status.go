@@ -1,0 +1,203 @@
+// Package status holds the parts' status files: what each part tells the others
+// and, by way of the receiver, the operator.
+//
+// A part writes `<run>/<part>/status.json` whenever something changed; a reader
+// sees the old file or the new one. A file that is missing means "unknown",
+// never "good". Readers do not trust writers: a part that was taken over may
+// put a pipe, a link or a gigabyte in place of its status, and must not stop or
+// mislead the reader by it.
+package status
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"time"
+
+	"farkeep/shared/atomicfile"
+
+	"golang.org/x/sys/unix"
+)
+
+// MaxSize bounds a status file, in bytes.
+const MaxSize = 1 << 20
+
+// Boot is the supervisor's own status (Paths.Boot).
+type Boot struct {
+	Version   string
+	BootID    string // the kernel's random boot id
+	Board     string
+	Slot      string // "a", "b", or "" in service mode
+	StartedAt time.Time
+	Uptime    time.Duration // since the machine's start, at Updated; whatever the clock did
+	FirstBoot bool          // the state partition had never been used
+	Degraded  []string      // boot steps and parts that do not work, with their errors
+	StateLost bool          // the state partition is not usable: state is in RAM until power-off
+	Restarts  map[string]int
+	Updated   time.Time
+}
+
+// Network is the network part's status.
+type Network struct {
+	Interface    string
+	Addresses    []string
+	Carrier      bool
+	ClockSet     bool   // the clock was set from outside since the start
+	ClockSource  string // which sources agreed, or "last known time"
+	ClockJump    string // "" or what jumped; expiry is frozen while it is not ""
+	VPNUp        bool
+	Peers        []PeerStatus
+	Undervoltage bool
+	Updated      time.Time
+}
+
+// PeerStatus is one VPN peer.
+type PeerStatus struct {
+	Name          string
+	Endpoint      string
+	LastHandshake time.Time // zero: never
+}
+
+// The disk's states, in order from dark to open.
+const (
+	DiskOff      = "off"
+	DiskPowered  = "powered"
+	DiskUnlocked = "unlocked"
+	DiskMounted  = "mounted"
+	DiskClosing  = "closing"
+	DiskFailed   = "failed"
+)
+
+// What is wrong with the disk.
+const (
+	ErrorMissing     = "missing"
+	ErrorRefused     = "unlock-refused"
+	ErrorUnreachable = "key-server-unreachable"
+	ErrorWrongKey    = "wrong-key"
+	ErrorBadHeader   = "bad-header"
+	ErrorFileSystem  = "fsck"
+	ErrorHung        = "hung"
+)
+
+// Disk is the disk part's status.
+type Disk struct {
+	State           string
+	Power           bool
+	Unlocked        bool
+	Mounted         bool
+	Since           time.Time
+	ExposureMinutes int // since power on
+	Error           string
+	ErrorKind       string // "" or one of the Error constants
+	FailingSince    time.Time
+	TotalBytes      int64
+	FreeBytes       int64
+	HeaderDigest    string
+	Sessions        int
+	Updated         time.Time
+}
+
+// Keeper is the keeper's status.
+type Keeper struct {
+	DiskReady    bool
+	Repositories []RepositoryStatus
+	Heartbeats   []Heartbeat
+	Updated      time.Time
+}
+
+// RepositoryStatus is what the keeper knows of one repository, disk or no disk.
+type RepositoryStatus struct {
+	Name        string
+	Newest      string // the newest generation's folder
+	NewestAt    time.Time
+	ConfirmedAt time.Time // last offer or heartbeat that it is still the newest
+	ChangedAt   time.Time
+	Generations int
+	Suspect     bool
+	Bytes       int64
+}
+
+// Heartbeat is the last word of one pusher.
+type Heartbeat struct {
+	Host       string
+	At         time.Time // by the pusher's clock
+	ReceivedAt time.Time // by the appliance's
+}
+
+// Receiver is the receiver's status.
+type Receiver struct {
+	Listening bool
+	Address   string
+	Sessions  int
+	Updated   time.Time
+}
+
+// Mail is the mail part's status.
+type Mail struct {
+	Queued    int
+	LastSent  time.Time
+	LastError string
+	Updated   time.Time
+}
+
+// Deadman is the dead man's switch's status.
+type Deadman struct {
+	Alarms  []Alarm
+	Updated time.Time
+}
+
+// Alarm is one alarm that is raised.
+type Alarm struct {
+	Kind    string
+	Subject string
+	Since   time.Time
+}
+
+// Write replaces the status file at path.
+func Write(path string, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("status %s: %w", path, err)
+	}
+	if len(data) > MaxSize {
+		return fmt.Errorf("status %s: %d bytes, more than %d", path, len(data), MaxSize)
+	}
+	return atomicfile.Write(path, append(data, '\n'), 0o644)
+}
+
+// Read reads a status file into a T. It returns nil and no error when there is
+// none: nothing is known then. It never blocks and follows no symbolic link in
+// the last part of path.
+func Read[T any](path string) (*T, error) {
+	// A pipe in place of the file would block a plain open for ever.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("status: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("status: %w", err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("status %s: not a regular file", path)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, MaxSize+2))
+	if err != nil {
+		return nil, fmt.Errorf("status: %w", err)
+	}
+	if len(data) > MaxSize+1 {
+		return nil, fmt.Errorf("status %s: more than %d bytes", path, MaxSize)
+	}
+	v := new(T)
+	if err := json.Unmarshal(data, v); err != nil {
+		return nil, fmt.Errorf("status %s: %w", path, err)
+	}
+	return v, nil
+}
