@@ -531,3 +531,6 @@ func (p *Pi) Wait() (Ending, error) {
 
 // Done is closed when the machine is off.
 func (p *Pi) Done() <-chan struct{} { return p.done }
+
+// Files returns the SD image and the USB disk image.
+func (p *Pi) Files() (image, disk string) { return p.cfg.Image, p.cfg.Disk }
