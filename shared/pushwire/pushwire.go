@@ -1,0 +1,210 @@
+// Package pushwire is what a pusher and an appliance say to each other around
+// the verbs of package sshverb: JSON lines, each bounded by MaxLine, and raw
+// bytes where a verb's description says so. docs/protocol.md tells it in order.
+//
+//	offer REPOSITORY   → Offer            ← OfferAnswer (same | send-manifest)
+//	                   → the manifest     ← OfferAnswer (send), then Needed
+//	upload PUSH        → recipe stream    ← UploadAnswer
+//	commit PUSH                           ← CommitAnswer
+//	abort PUSH                            ← {}
+//	heartbeat HOST     → Heartbeat        ← {}
+//	generations [REPOSITORY]              ← one Generation per line
+//	verify REPOSITORY GENERATION          ← VerifyAnswer
+//	status [--json]                       ← text, or Status
+//	wake [--wait=SECONDS]                 ← DiskState
+//	sleep                                 ← DiskState
+package pushwire
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"time"
+)
+
+// MaxLine bounds a JSON line, in bytes, newline included.
+const MaxLine = 64 << 10
+
+// Answers to an offer.
+const (
+	AnswerSame         = "same"          // the newest generation is just that: confirmed, done
+	AnswerSendManifest = "send-manifest" // the digest is news: send the manifest now
+	AnswerSend         = "send"          // upload what Needed lists, as push Push
+)
+
+// Kinds of repositories.
+const (
+	KindBorg1 = "borg1" // a Borg 1.x repository
+	KindFiles = "files" // any other tree of files
+)
+
+// Offer opens a push.
+type Offer struct {
+	Digest       string `json:"digest"`        // of the manifest, hex
+	Entries      int64  `json:"entries"`       // in the manifest
+	Bytes        int64  `json:"bytes"`         // sum of the files' sizes
+	Kind         string `json:"kind"`          // KindBorg1 or KindFiles
+	RepositoryID string `json:"repository_id"` // Borg's, hex; "" for files
+}
+
+// OfferAnswer is what the appliance makes of an offer.
+type OfferAnswer struct {
+	Answer     string `json:"answer"`
+	Generation string `json:"generation,omitempty"` // AnswerSame: the confirmed generation
+	Push       string `json:"push,omitempty"`       // AnswerSend: the name for upload, commit and abort
+	Need       int64  `json:"need,omitempty"`       // AnswerSend: files to upload
+	NeedBytes  int64  `json:"need_bytes,omitempty"` // AnswerSend: their size
+	Kept       int64  `json:"kept,omitempty"`       // AnswerSend: files already there from a push that was cut
+}
+
+// UploadAnswer ends an upload.
+type UploadAnswer struct {
+	Files int64 `json:"files"`
+	Bytes int64 `json:"bytes"` // written; DATA and COPY together
+}
+
+// CommitAnswer ends a push.
+type CommitAnswer struct {
+	Generation string `json:"generation"`
+	Suspect    bool   `json:"suspect,omitempty"`
+}
+
+// Heartbeat is the pusher's word that the offsite copy is up to date.
+type Heartbeat struct {
+	Host         string             `json:"host"`
+	At           time.Time          `json:"at"` // by the pusher's clock: told, never judged by
+	Repositories []RepositoryDigest `json:"repositories"`
+}
+
+// RepositoryDigest is what the newest generation of a repository must be.
+type RepositoryDigest struct {
+	Name   string `json:"name"`
+	Digest string `json:"digest"`
+}
+
+// Generation describes one generation.
+type Generation struct {
+	Repository string    `json:"repository"`
+	Name       string    `json:"name"` // SEQUENCE-TIME, the folder's name
+	Committed  time.Time `json:"committed"`
+	Entries    int64     `json:"entries"`
+	Bytes      int64     `json:"bytes"`
+	Digest     string    `json:"digest"`
+	Suspect    bool      `json:"suspect,omitempty"`
+}
+
+// VerifyAnswer ends a verify.
+type VerifyAnswer struct {
+	Files int64    `json:"files"`
+	Bytes int64    `json:"bytes"`
+	Bad   []string `json:"bad,omitempty"` // the first files whose content is not what SUMS.b2 says
+}
+
+// DiskState is the answer to wake and sleep, and a part of Status.
+type DiskState struct {
+	State           string    `json:"state"` // off, powered, unlocked, mounted, closing, failed
+	Power           bool      `json:"power"`
+	Unlocked        bool      `json:"unlocked"`
+	Mounted         bool      `json:"mounted"`
+	Since           time.Time `json:"since"`
+	ExposureMinutes int       `json:"exposure_minutes"` // since power on
+	Error           string    `json:"error,omitempty"`
+	TotalBytes      int64     `json:"total_bytes"`
+	FreeBytes       int64     `json:"free_bytes"`
+}
+
+// Status is what an appliance says of itself.
+type Status struct {
+	Appliance    string             `json:"appliance"`
+	Version      string             `json:"version"`
+	Board        string             `json:"board"`
+	Slot         string             `json:"slot,omitempty"`
+	Time         time.Time          `json:"time"` // by the appliance's clock
+	ClockSet     bool               `json:"clock_set"`
+	Started      time.Time          `json:"started"`
+	Disk         DiskState          `json:"disk"`
+	Repositories []RepositoryStatus `json:"repositories"` // those that the asking key may see
+	Heartbeats   []HeartbeatStatus  `json:"heartbeats"`
+	Alarms       []Alarm            `json:"alarms"`
+	MailQueued   int                `json:"mail_queued"`
+	MailError    string             `json:"mail_error,omitempty"`
+	Degraded     []string           `json:"degraded,omitempty"`
+	Restarts     map[string]int     `json:"restarts,omitempty"`
+}
+
+// RepositoryStatus is one repository as the appliance knows it, disk or no disk.
+type RepositoryStatus struct {
+	Name        string    `json:"name"`
+	Newest      string    `json:"newest"`
+	NewestAt    time.Time `json:"newest_at"`
+	ConfirmedAt time.Time `json:"confirmed_at"`
+	Generations int       `json:"generations"`
+	Suspect     bool      `json:"suspect,omitempty"`
+	Bytes       int64     `json:"bytes"`
+}
+
+// HeartbeatStatus is the last heartbeat of one host.
+type HeartbeatStatus struct {
+	Host       string    `json:"host"`
+	ReceivedAt time.Time `json:"received_at"` // by the appliance's clock
+}
+
+// Alarm is an alarm that is on.
+type Alarm struct {
+	Kind    string    `json:"kind"`
+	Subject string    `json:"subject"`
+	Since   time.Time `json:"since"`
+}
+
+var repositoryName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+// CheckRepository says whether name can be a repository's: it becomes a folder.
+func CheckRepository(name string) error {
+	if !repositoryName.MatchString(name) {
+		return fmt.Errorf("%q is not a repository name: letters, digits, dots, dashes and underscores, 128 at most, not a dot first", name)
+	}
+	return nil
+}
+
+// ErrLine is wrapped by ReadLine for a line that is too long, cut off or not
+// the expected JSON.
+var ErrLine = errors.New("not an expected line")
+
+// ReadLine reads one JSON line into v, which must know every key of it. r must
+// have a buffer of at least MaxLine bytes ([NewReader]). io.EOF means that there
+// was no line at all.
+func ReadLine(r *bufio.Reader, v any) error {
+	line, err := r.ReadSlice('\n')
+	if err != nil {
+		if errors.Is(err, io.EOF) && len(line) == 0 {
+			return io.EOF
+		}
+		return fmt.Errorf("%w: no line end within %d bytes: %w", ErrLine, MaxLine, err)
+	}
+	dec := json.NewDecoder(bytes.NewReader(line))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		return fmt.Errorf("%w: %w", ErrLine, err)
+	}
+	return nil
+}
+
+// NewReader returns a reader that ReadLine can use.
+func NewReader(r io.Reader) *bufio.Reader { return bufio.NewReaderSize(r, MaxLine) }
+
+// WriteLine writes v as one JSON line.
+func WriteLine(w io.Writer, v any) error {
+	line, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if len(line) >= MaxLine {
+		return fmt.Errorf("%w: longer than %d bytes", ErrLine, MaxLine)
+	}
+	_, err = w.Write(append(line, '\n'))
+	return err
+}
