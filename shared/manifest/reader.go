@@ -167,28 +167,37 @@ func (m *Reader) full(p []byte) error {
 	return err
 }
 
-// uvarint reads a varint of at most limit. The encoding must be the shortest
-// one: otherwise one list would have several encodings.
+// uvarint reads a varint of at most limit.
 func (m *Reader) uvarint(limit uint64, what string) (uint64, error) {
-	var v uint64
-	for shift := 0; ; shift += 7 {
-		b, err := m.readByte()
-		if err != nil {
-			return 0, fmt.Errorf("%s: %w", what, err)
-		}
-		if shift == 63 && b > 1 {
-			return 0, fmt.Errorf("%s has more than 64 bits", what)
-		}
-		v |= uint64(b&0x7f) << shift
-		if b < 0x80 {
-			if b == 0 && shift > 0 {
-				return 0, fmt.Errorf("%s is not encoded in the shortest way", what)
-			}
-			break
-		}
+	v, err := ReadUvarint(m.readByte)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", what, err)
 	}
 	if v > limit {
 		return 0, fmt.Errorf("%s %d is more than %d", what, v, limit)
 	}
 	return v, nil
+}
+
+// ReadUvarint reads an unsigned varint as encoding/binary writes it, and refuses
+// any but the shortest encoding, so that one value has one. It reads no byte too many.
+func ReadUvarint(next func() (byte, error)) (uint64, error) {
+	var v uint64
+	for shift := 0; ; shift += 7 {
+		b, err := next()
+		if err != nil {
+			return 0, err
+		}
+		if shift == 63 && b > 1 {
+			return 0, errors.New("an integer of more than 64 bits")
+		}
+		v |= uint64(b&0x7f) << shift
+		if b >= 0x80 {
+			continue
+		}
+		if b == 0 && shift > 0 {
+			return 0, errors.New("an integer that is not encoded in the shortest way")
+		}
+		return v, nil
+	}
 }

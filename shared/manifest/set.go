@@ -103,11 +103,11 @@ func ReadSet(r io.ByteReader, n int64) (*Set, error) {
 	s := NewSet(n)
 	var done int64
 	for first := true; ; first = false {
-		gap, err := binary.ReadUvarint(r)
+		gap, err := ReadUvarint(r.ReadByte)
 		if err != nil {
 			return nil, fmt.Errorf("read set of entries: %w", unexpected(err))
 		}
-		length, err := binary.ReadUvarint(r)
+		length, err := ReadUvarint(r.ReadByte)
 		if err != nil {
 			return nil, fmt.Errorf("read set of entries: %w", unexpected(err))
 		}
