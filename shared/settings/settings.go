@@ -153,7 +153,8 @@ const (
 // Parse reads and validates a settings file; name stands for it in errors,
 // which are of type *tomlfile.Error.
 func Parse(name string, text []byte) (*Appliance, error) {
-	a := &Appliance{}
+	// Before the file is read, so that an explicit 0 stays 0.
+	a := &Appliance{DeadMan: DefaultDeadMan()}
 	if err := tomlfile.Parse(name, text, a); err != nil {
 		return nil, err
 	}
@@ -175,17 +176,23 @@ func (a *Appliance) setDefaults() {
 	setDefault(&a.Disk.Relay.Active, "high")
 	setDefault(&a.Disk.IdleClose, Duration(15*time.Minute))
 	setDefault(&a.Receiver.Port, 22)
-	setDefault(&a.DeadMan.HeartbeatAge, Duration(30*time.Hour))
-	setDefault(&a.DeadMan.UnchangedAge, Duration(8*24*time.Hour))
-	setDefault(&a.DeadMan.ReminderInterval, Duration(24*time.Hour))
-	setDefault(&a.DeadMan.DiskFullPercent, 95)
-	setDefault(&a.DeadMan.UnreachableAfter, Duration(time.Hour))
-	setDefault(&a.DeadMan.CheckInterval, Duration(time.Minute))
 	if a.Mail.TLS == "" {
 		a.Mail.TLS = "starttls"
 		if strings.HasSuffix(a.Mail.Server, ":465") {
 			a.Mail.TLS = "implicit"
 		}
+	}
+}
+
+// DefaultDeadMan is the dead man's switch of a file that does not mention it.
+func DefaultDeadMan() DeadMan {
+	return DeadMan{
+		HeartbeatAge:     Duration(30 * time.Hour),
+		UnchangedAge:     Duration(8 * 24 * time.Hour),
+		ReminderInterval: Duration(24 * time.Hour),
+		DiskFullPercent:  95,
+		UnreachableAfter: Duration(time.Hour),
+		CheckInterval:    Duration(time.Minute),
 	}
 }
 

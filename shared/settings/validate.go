@@ -1,24 +1,18 @@
 package settings
 
 import (
-	"encoding/base64"
 	"fmt"
-	"net"
-	"net/mail"
 	"regexp"
-	"strconv"
 	"time"
 
+	"farkeep/shared/identity"
+	"farkeep/shared/secret"
 	"farkeep/shared/tomlfile"
-
-	"golang.org/x/crypto/ssh"
 )
 
 var (
-	namePattern       = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]{0,62}$`)
 	repositoryPattern = regexp.MustCompile(`^(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,127}\*?)$`)
 	interfacePattern  = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,15}$`)
-	luksUUIDPattern   = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 )
 
 // validator keeps the first mistake and finds its line.
@@ -41,16 +35,16 @@ func (v *validator) check(ok bool, table, key string, n int, format string, args
 }
 
 func (a *Appliance) validate(v *validator) {
-	v.check(namePattern.MatchString(a.Name), "", "name", 0, "%q is not a name: small letters, digits, dots and dashes, 63 at most", a.Name)
-	v.check(namePattern.MatchString(a.Site), "", "site", 0, "%q is not a name: small letters, digits, dots and dashes, 63 at most", a.Site)
-	v.privateKey(string(a.Identity.HostKey), "host_key")
-	v.privateKey(string(a.Identity.ClientKey), "client_key")
+	v.check(IsName(a.Name), "", "name", 0, "%q is not a name: small letters, digits, dots and dashes, 63 at most", a.Name)
+	v.check(IsName(a.Site), "", "site", 0, "%q is not a name: small letters, digits, dots and dashes, 63 at most", a.Site)
+	v.privateKey(a.Identity.HostKey, "host_key")
+	v.privateKey(a.Identity.ClientKey, "client_key")
 	a.validateNetwork(v)
 	a.validateVPN(v)
 
 	v.check(len(a.KeyServers) >= 1 && len(a.KeyServers) <= MaxKeyServers, "key_server", "address", 0, "1 to %d key servers are needed, %d are named", MaxKeyServers, len(a.KeyServers))
 	for i, k := range a.KeyServers {
-		v.check(namePattern.MatchString(k.Name), "key_server", "name", i, "%q is not a name", k.Name)
+		v.check(IsName(k.Name), "key_server", "name", i, "%q is not a name", k.Name)
 		v.hostPort(k.Address, "key_server", "address", i)
 		v.publicKey(k.HostKey, "key_server", "host_key", i)
 	}
@@ -80,7 +74,7 @@ func (a *Appliance) validateVPN(v *validator) {
 	v.check(w.ListenPort >= 0 && w.ListenPort <= 65535, "vpn", "listen_port", 0, "%d is not a port", w.ListenPort)
 	v.check(len(w.Peers) >= 1 && len(w.Peers) <= MaxPeers, "vpn.peer", "public_key", 0, "1 to %d peers are needed, %d are named", MaxPeers, len(w.Peers))
 	for i, p := range w.Peers {
-		v.check(namePattern.MatchString(p.Name), "vpn.peer", "name", i, "%q is not a name", p.Name)
+		v.check(IsName(p.Name), "vpn.peer", "name", i, "%q is not a name", p.Name)
 		v.wireGuardKey(p.PublicKey, "vpn.peer", "public_key", i)
 		if p.PresharedKey != "" {
 			v.wireGuardKey(p.PresharedKey.Reveal(), "vpn.peer", "preshared_key", i)
@@ -96,7 +90,7 @@ func (a *Appliance) validateVPN(v *validator) {
 
 func (a *Appliance) validateDisk(v *validator) {
 	d := a.Disk
-	v.check(luksUUIDPattern.MatchString(d.LUKS), "disk", "luks_uuid", 0, "%q is not a LUKS UUID: farkeep-image disk prints it, and so does cryptsetup luksUUID", d.LUKS)
+	v.check(IsLUKSUUID(d.LUKS), "disk", "luks_uuid", 0, "%q is not a LUKS UUID: farkeep-image disk prints it, and so does cryptsetup luksUUID", d.LUKS)
 	r := d.Relay
 	v.check(r.Driver == "none" || r.Driver == "gpio", "disk.relay", "driver", 0, "%q is neither gpio nor none", r.Driver)
 	v.check(r.Active == "high" || r.Active == "low", "disk.relay", "active", 0, "%q is neither high nor low", r.Active)
@@ -110,10 +104,13 @@ func (a *Appliance) validateReceiver(v *validator) {
 	v.check(len(a.Receiver.Keys) <= MaxReceiverKeys, "receiver.key", "name", 0, "at most %d keys", MaxReceiverKeys)
 	seen := map[string]bool{}
 	for i, k := range a.Receiver.Keys {
-		v.check(namePattern.MatchString(k.Name), "receiver.key", "name", i, "%q is not a name", k.Name)
+		v.check(IsName(k.Name), "receiver.key", "name", i, "%q is not a name", k.Name)
 		v.publicKey(k.PublicKey, "receiver.key", "public_key", i)
-		v.check(!seen[k.PublicKey], "receiver.key", "public_key", i, "the same key is authorised twice: one key has one role")
-		seen[k.PublicKey] = true
+		if key, err := identity.ParsePublic(k.PublicKey); err == nil {
+			print := identity.Fingerprint(key) // the comment makes no other key of it
+			v.check(!seen[print], "receiver.key", "public_key", i, "the same key is authorised twice: one key has one role")
+			seen[print] = true
+		}
 		v.check(k.Role == "push" || k.Role == "restore" || k.Role == "admin", "receiver.key", "role", i, "%q is not push, restore or admin", k.Role)
 		v.check(k.Role != "push" || len(k.Repositories) > 0, "receiver.key", "repositories", i, "a push key needs the repositories that it may push")
 		for _, name := range k.Repositories {
@@ -141,29 +138,24 @@ func (a *Appliance) validateAlarms(v *validator) {
 }
 
 func (v *validator) address(s, key string) {
-	parsed, err := mail.ParseAddress(s)
-	v.check(err == nil && parsed.Address == s, "mail", key, 0, "%q is not a mail address", s)
+	v.check(IsMailAddress(s), "mail", key, 0, "%q is not a mail address", s)
 }
 
 func (v *validator) hostPort(s, table, key string, n int) {
-	host, port, err := net.SplitHostPort(s)
-	p, perr := strconv.Atoi(port)
-	v.check(err == nil && perr == nil && host != "" && len(s) <= 260 && p >= 1 && p <= 65535, table, key, n, "%q is not host:port", s)
+	v.check(IsHostPort(s), table, key, n, "%q is not host:port", s)
 }
 
 func (v *validator) publicKey(s, table, key string, n int) {
-	k, _, _, rest, err := ssh.ParseAuthorizedKey([]byte(s))
-	v.check(err == nil && len(rest) == 0, table, key, n, "this is not an SSH public key (ssh-ed25519 AAAA...)")
-	v.check(err != nil || k.Type() == ssh.KeyAlgoED25519 || k.Type() == ssh.KeyAlgoSKED25519, table, key, n, "only Ed25519 keys are accepted: make one with ssh-keygen -t ed25519")
+	_, err := identity.ParsePublic(s)
+	v.check(err == nil, table, key, n, "%v", err)
 }
 
-func (v *validator) privateKey(s, key string) {
-	k, err := ssh.ParsePrivateKey([]byte(s))
-	v.check(err == nil, "identity", key, 0, "this is not an unencrypted OpenSSH private key")
-	v.check(err != nil || k.PublicKey().Type() == ssh.KeyAlgoED25519, "identity", key, 0, "only Ed25519 keys are accepted")
+func (v *validator) privateKey(s secret.Text, key string) {
+	_, err := identity.Signer(s)
+	v.check(err == nil, "identity", key, 0, "%v", err)
 }
 
 func (v *validator) wireGuardKey(s, table, key string, n int) {
-	b, err := base64.StdEncoding.DecodeString(s)
-	v.check(err == nil && len(b) == 32, table, key, n, "this is not a WireGuard key (32 bytes in base64)")
+	_, err := identity.ParseWireGuard(s)
+	v.check(err == nil, table, key, n, "%v", err)
 }

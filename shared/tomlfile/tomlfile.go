@@ -85,25 +85,46 @@ func Parse(name string, text []byte, v any) error {
 }
 
 // Line finds the line, 1-based, on which key is set in text, for errors about
-// values: the n-th assignment (from 0) of a bare key below the given table
-// header ("" for the top level, "peer" for [peer] and [[peer]]). It returns 0
-// when it finds none.
+// values: a bare key below a table header ("" for the top level, "peer" for
+// [peer] and [[peer]]). Where the table, or one that it lies in, is an array, n
+// is the element, from 0: Line(text, "peer.route", "to", 1) looks below the
+// second [[peer]]. Without the key it returns the line of the table's header,
+// and 0 when it finds neither.
 func Line(text []byte, table, key string, n int) int {
-	current, seen := "", 0
+	current, index, header := "", 0, 0
+	arrays := map[string]int{} // how many [[name]] came so far
 	for i, line := range strings.Split(string(text), "\n") {
 		line = strings.TrimSpace(strings.TrimPrefix(line, "\ufeff"))
 		if strings.HasPrefix(line, "[") {
-			current = strings.TrimSpace(strings.Trim(strings.SplitN(line, "#", 2)[0], "[] \t\r"))
+			name, _, _ := strings.Cut(line, "#")
+			current = strings.TrimSpace(strings.Trim(name, "[] \t\r"))
+			if strings.HasPrefix(line, "[[") {
+				arrays[current]++
+			}
+			index = element(arrays, current)
+			if current == table && index == n && header == 0 {
+				header = i + 1
+			}
 			continue
 		}
 		name, _, found := strings.Cut(line, "=")
-		if !found || current != table || strings.Trim(strings.TrimSpace(name), `"'`) != key {
-			continue
-		}
-		if seen == n {
+		if found && current == table && index == n && strings.Trim(strings.TrimSpace(name), `"'`) == key {
 			return i + 1
 		}
-		seen++
 	}
-	return 0
+	return header
+}
+
+// element is the index of the array element that a table belongs to, 0 outside arrays.
+func element(arrays map[string]int, table string) int {
+	for {
+		if count := arrays[table]; count > 0 {
+			return count - 1
+		}
+		i := strings.LastIndexByte(table, '.')
+		if i < 0 {
+			return 0
+		}
+		table = table[:i]
+	}
 }

@@ -45,11 +45,16 @@ func TestParse(t *testing.T) {
 }
 
 func TestLine(t *testing.T) {
-	text := []byte("name = 1\n[peer]\nname = 2\n[[peer]]\nname = 3\n")
+	text := []byte("name = 1\n[one]\nname = 2\n[[peer]] # first\nname = 3\n[[peer]]\n[peer.route]\nto = 4\n[[peer]]\nname = 5\n")
 	for _, tt := range []struct {
 		table, key string
 		n, want    int
-	}{{"", "name", 0, 1}, {"peer", "name", 0, 3}, {"peer", "name", 1, 5}, {"peer", "none", 0, 0}} {
+	}{
+		{"", "name", 0, 1}, {"one", "name", 0, 3}, {"peer", "name", 0, 5}, {"peer", "name", 2, 10},
+		{"peer", "name", 1, 6}, // not set there: the header
+		{"peer.route", "to", 1, 8}, {"peer.route", "to", 0, 0},
+		{"one", "none", 0, 2}, {"peer", "name", 3, 0}, {"", "none", 0, 0},
+	} {
 		if got := tomlfile.Line(text, tt.table, tt.key, tt.n); got != tt.want {
 			t.Errorf("Line(%q, %q, %d) = %d; want %d", tt.table, tt.key, tt.n, got, tt.want)
 		}
