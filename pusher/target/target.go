@@ -1,0 +1,72 @@
+// Package target says what the pusher needs of a place that keeps generations:
+// an appliance, or a local folder.
+//
+// A push is Offer, then, unless the answer is "same", Upload and Commit. Until
+// Commit returns nil nothing has changed for a reader of the target; after it
+// the new generation is durable. Every operation may be repeated: an offer that
+// was cut is offered again, and the answer then asks only for what is still
+// missing; a commit that was cut is committed again and names the same generation.
+//
+// Errors say themselves what to do with them: [Temporary] ones are worth another
+// attempt of the whole push, with the same manifest; all others are final.
+package target
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	"farkeep/shared/hint"
+	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
+)
+
+// Target keeps generations. One push at a time may be under way; Status may be
+// called at any time. Cancelling ctx ends an operation soon.
+type Target interface {
+	// Name is the target's name in site.toml.
+	Name() string
+
+	// Wake makes the target ready to take a push, and waits for that, as long as
+	// ctx allows: an appliance opens its disk. It is cheap when all is ready.
+	Wake(ctx context.Context) error
+
+	// Offer says what the repository looks like now. list opens the manifest,
+	// whose summary the offer repeats; it is called only when the target asks.
+	Offer(ctx context.Context, repository string, offer pushwire.Offer, list func() (io.ReadCloser, error)) (Answer, error)
+
+	// Upload sends one recipe stream (package shared/recipe) with the needed files,
+	// in ascending order of their manifest indexes. write produces the stream; an
+	// error of write ends the upload and is returned as it is. Files that were
+	// complete before a cut stay with the push.
+	Upload(ctx context.Context, push string, write func(w io.Writer) error) (pushwire.UploadAnswer, error)
+
+	// Commit makes the generation of a push whose files are all there.
+	Commit(ctx context.Context, push string) (pushwire.CommitAnswer, error)
+
+	// Abort forgets a push and what was uploaded for it.
+	Abort(ctx context.Context, push string) error
+
+	// Heartbeat says that these are the newest generations of all repositories. The
+	// target refuses one that is not true.
+	Heartbeat(ctx context.Context, h pushwire.Heartbeat) error
+
+	// Status asks how the target is. It needs no open disk.
+	Status(ctx context.Context) (*pushwire.Status, error)
+
+	// Close ends the connection.
+	Close() error
+}
+
+// Answer is the answer to an offer.
+type Answer struct {
+	pushwire.OfferAnswer
+	// Needed are the entries to upload, for pushwire.AnswerSend; nil otherwise.
+	Needed *manifest.Set
+}
+
+// Temporary reports whether another attempt may succeed where err came: the
+// other side was out of reach, or the line was cut.
+func Temporary(err error) bool {
+	return err != nil && hint.Code(err) == hint.ExitUnreachable && !errors.Is(err, context.Canceled)
+}
