@@ -32,6 +32,20 @@ func (m *machine) Now() time.Time {
 	return time.Now().Round(0).Add(m.offset)
 }
 
+// ahead is the wall clock minus synctest's time.
+func (m *machine) ahead() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.offset
+}
+
+// shifts counts the steps and slews so far.
+func (m *machine) shifts() (steps, slews int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.steps), len(m.slews)
+}
+
 func (m *machine) Uptime() time.Duration { return time.Since(m.boot) }
 
 func (m *machine) Step(d time.Duration) error {
@@ -121,7 +135,7 @@ func TestFirstStart(t *testing.T) {
 		m.say(future, three...)
 		k.Wake()
 		synctest.Wait()
-		if !k.Status().Set || !isReady(k) || m.Now().Sub(time.Now()).Round(time.Second) != future {
+		if !k.Status().Set || !isReady(k) || m.ahead().Round(time.Second) != future {
 			t.Errorf("after the answer: %+v, clock %v", k.Status(), m.Now())
 		}
 	})
@@ -170,7 +184,7 @@ func TestPowerCuts(t *testing.T) {
 		// When they answer again, the clock is right again, and it was no jump.
 		m.say(future, three...)
 		time.Sleep(20 * time.Minute)
-		if k.Status().Jump != "" || !k.Status().Set || m.Now().Sub(time.Now()).Round(time.Second) != future {
+		if k.Status().Jump != "" || !k.Status().Set || m.ahead().Round(time.Second) != future {
 			t.Errorf("with sources: %+v, clock %v", k.Status(), m.Now())
 		}
 		stop()
@@ -186,7 +200,7 @@ func TestThrownYearsAhead(t *testing.T) {
 		time.Sleep(time.Hour)
 		m.say(future+3*365*24*time.Hour, three...)
 		time.Sleep(2 * time.Hour)
-		if k.Status().Jump == "" || m.Now().Sub(time.Now()).Round(time.Second) != future {
+		if k.Status().Jump == "" || m.ahead().Round(time.Second) != future {
 			t.Errorf("thrown: %+v, clock %v", k.Status(), m.Now())
 		}
 		stop()
@@ -218,7 +232,7 @@ func TestMovedByAMonthAndAccepted(t *testing.T) {
 		time.Sleep(time.Hour)
 		m.say(future+month, three...)
 		time.Sleep(2 * time.Hour)
-		if !strings.Contains(k.Status().Jump, "set, not trusted") || m.Now().Sub(time.Now()).Round(time.Second) != future+month {
+		if !strings.Contains(k.Status().Jump, "set, not trusted") || m.ahead().Round(time.Second) != future+month {
 			t.Errorf("%+v, clock %v", k.Status(), m.Now())
 		}
 		first := k.Status().Jump
@@ -263,7 +277,7 @@ func TestOneLiarOfThree(t *testing.T) {
 		k, stop := run(t, m, path)
 		defer stop()
 		time.Sleep(time.Second)
-		if !strings.HasPrefix(k.Status().Source, "2 of 3") || m.Now().Sub(time.Now()).Round(time.Second) != future {
+		if !strings.HasPrefix(k.Status().Source, "2 of 3") || m.ahead().Round(time.Second) != future {
 			t.Errorf("%+v, clock %v", k.Status(), m.Now())
 		}
 	})
@@ -277,11 +291,11 @@ func TestDriftIsSlewed(t *testing.T) {
 		_, stop := run(t, m, path)
 		defer stop()
 		time.Sleep(time.Minute)
-		steps := len(m.steps)
+		before, _ := m.shifts()
 		m.say(future-50*time.Millisecond, three...)
 		time.Sleep(2 * time.Hour)
-		if len(m.steps) != steps || len(m.slews) == 0 || m.Now().Sub(time.Now()) != future-50*time.Millisecond {
-			t.Errorf("steps %v, slews %v", m.steps, m.slews)
+		if steps, slews := m.shifts(); steps != before || slews == 0 || m.ahead() != future-50*time.Millisecond {
+			t.Errorf("%d steps and %d slews, %v ahead", steps-before, slews, m.ahead())
 		}
 	})
 }
