@@ -245,13 +245,13 @@ func (a *Archive) Unpack(ctx context.Context, deb, dir string) error {
 	return nil
 }
 
-// Changed returns the time of the newest entry in a package's changelog: the
-// time that its files carry.
-func (a *Archive) Changed(ctx context.Context, deb string) (time.Time, error) {
-	// The archive's members carry it too: dpkg-deb builds them with SOURCE_DATE_EPOCH.
+// BuildTime returns the time that a package was built from its source: dpkg-deb
+// gives it to the members of the package file (SOURCE_DATE_EPOCH, the newest
+// entry of the changelog).
+func BuildTime(deb string) (time.Time, error) {
 	f, err := os.Open(deb)
 	if err != nil {
-		return time.Time{}, err
+		return time.Time{}, fmt.Errorf("time of the package: %w", err)
 	}
 	defer f.Close()
 	return memberTime(f)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"strings"
+	"time"
 	"unicode/utf16"
 )
 
@@ -15,6 +16,7 @@ type FS struct {
 	r     io.ReaderAt
 	g     geometry
 	Label string
+	Time  time.Time // when the volume was made: that of its label, zero for none
 	files []entry
 }
 
@@ -82,6 +84,7 @@ func (v *FS) parse(root []byte) error {
 			continue
 		case e[11]&attrVolume != 0:
 			v.Label = strings.TrimRight(string(e[:11]), " ")
+			v.Time = unstamp(binary.LittleEndian.Uint16(e[24:]), binary.LittleEndian.Uint16(e[22:]))
 			long = nil
 			continue
 		}
@@ -120,6 +123,11 @@ func plainName(e []byte) string {
 		return base
 	}
 	return base + "." + ext
+}
+
+func unstamp(date, clock uint16) time.Time {
+	return time.Date(1980+int(date>>9), time.Month(date>>5&15), int(date&31),
+		int(clock>>11), int(clock>>5&63), int(clock&31)*2, 0, time.UTC)
 }
 
 // Names lists the files of the root directory in the order in which they lie there.
@@ -199,7 +207,7 @@ func (v *FS) chain(first uint32, limit int64) ([]byte, error) {
 			if next, err = v.next(cluster + run - 1); err != nil {
 				return nil, err
 			}
-			if next != cluster+run || int64(len(out))+int64(run)*size >= limit {
+			if next != cluster+run || next >= v.g.clusters+2 || int64(len(out))+int64(run)*size >= limit {
 				break
 			}
 			run++

@@ -9,11 +9,11 @@
 package kmodules
 
 import (
-	"bufio"
 	"bytes"
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -26,7 +26,7 @@ const maxModule = 64 << 20
 
 // Index is what depmod and the kernel's build say about one kernel's modules.
 type Index struct {
-	fsys    fs.FS
+	source  Source
 	paths   map[string]string   // module → path relative to the modules directory
 	deps    map[string][]string // module → modules it needs, as modules.dep lists them
 	soft    map[string][]string // module → names it would like (pre and post)
@@ -47,17 +47,37 @@ func Name(s string) string {
 	return strings.ReplaceAll(s, "-", "_")
 }
 
-// Load reads the index of the modules directory fsys (lib/modules/VERSION)
-// after depmod has run on it.
-func Load(fsys fs.FS) (*Index, error) {
+// Source reads a file of a modules directory (lib/modules/VERSION).
+type Source func(name string) ([]byte, error)
+
+// Dir is the modules directory at path.
+func Dir(path string) Source {
+	fsys := os.DirFS(path)
+	return func(name string) ([]byte, error) { return fs.ReadFile(fsys, name) }
+}
+
+// Memory is a modules directory as Files makes it.
+func Memory(files []File) Source {
+	return func(name string) ([]byte, error) {
+		for _, f := range files {
+			if f.Path == name {
+				return f.Data, nil
+			}
+		}
+		return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+	}
+}
+
+// Load reads the index of a modules directory after depmod has run on it.
+func Load(source Source) (*Index, error) {
 	ix := &Index{
-		fsys: fsys, paths: map[string]string{}, deps: map[string][]string{},
+		source: source, paths: map[string]string{}, deps: map[string][]string{},
 		soft: map[string][]string{}, builtin: map[string]bool{},
 	}
-	if err := eachLine(fsys, "modules.dep", ix.addDep); err != nil {
+	if err := eachLine(source, "modules.dep", ix.addDep); err != nil {
 		return nil, err
 	}
-	err := eachLine(fsys, "modules.alias", func(line string) error {
+	err := eachLine(source, "modules.alias", func(line string) error {
 		// Some sound drivers have patterns with spaces in them.
 		f := strings.Fields(line)
 		if len(f) < 3 || f[0] != "alias" {
@@ -69,7 +89,7 @@ func Load(fsys fs.FS) (*Index, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = eachLine(fsys, "modules.softdep", func(line string) error {
+	err = eachLine(source, "modules.softdep", func(line string) error {
 		f := strings.Fields(line)
 		if len(f) < 3 || f[0] != "softdep" {
 			return fmt.Errorf("%q is not a soft dependency", line)
@@ -84,7 +104,7 @@ func Load(fsys fs.FS) (*Index, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = eachLine(fsys, "modules.builtin", func(line string) error {
+	err = eachLine(source, "modules.builtin", func(line string) error {
 		ix.builtin[Name(line)] = true
 		return nil
 	})
@@ -112,7 +132,7 @@ func (ix *Index) addDep(line string) error {
 
 // loadModinfo reads "module.key=value" records that each end in a NUL byte.
 func (ix *Index) loadModinfo() error {
-	data, err := fs.ReadFile(ix.fsys, "modules.builtin.modinfo")
+	data, err := ix.source("modules.builtin.modinfo")
 	if err != nil {
 		return fmt.Errorf("kernel modules: %w", err)
 	}
@@ -130,25 +150,21 @@ func (ix *Index) loadModinfo() error {
 	return nil
 }
 
-func eachLine(fsys fs.FS, file string, each func(string) error) error {
-	f, err := fsys.Open(file)
+func eachLine(source Source, file string, each func(string) error) error {
+	data, err := source(file)
 	if err != nil {
 		return fmt.Errorf("kernel modules: %w", err)
 	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for n := 1; lines.Scan(); n++ {
-		line := strings.TrimSpace(lines.Text())
+	n := 0
+	for line := range strings.Lines(string(data)) {
+		n++
+		line = strings.TrimSpace(line)
 		if line == "" || line[0] == '#' {
 			continue
 		}
 		if err := each(line); err != nil {
 			return fmt.Errorf("kernel modules: %s:%d: %w", file, n, err)
 		}
-	}
-	if err := lines.Err(); err != nil {
-		return fmt.Errorf("kernel modules: read %s: %w", file, err)
 	}
 	return nil
 }
@@ -263,7 +279,7 @@ func (ix *Index) Files(modules []string) ([]File, error) {
 		}
 	}
 	for _, name := range []string{"modules.builtin", "modules.builtin.modinfo"} {
-		data, err := fs.ReadFile(ix.fsys, name)
+		data, err := ix.source(name)
 		if err != nil {
 			return nil, fmt.Errorf("kernel modules: %w", err)
 		}
@@ -280,7 +296,7 @@ func (ix *Index) Files(modules []string) ([]File, error) {
 func plain(file string) string { return strings.TrimSuffix(file, ".xz") }
 
 func (ix *Index) read(file string) ([]byte, error) {
-	data, err := fs.ReadFile(ix.fsys, file)
+	data, err := ix.source(file)
 	if err != nil {
 		return nil, fmt.Errorf("kernel modules: %w", err)
 	}

@@ -224,6 +224,12 @@ func SupportedBoards() []Board {
 	}
 }
 
+// RefusedDTBs names the device trees of boards that start Linux but are not
+// supported. They are in a slot so that the appliance runs far enough to say so.
+func RefusedDTBs() []string {
+	return []string{"bcm2711-rpi-400.dtb", "bcm2711-rpi-cm4-io.dtb", "bcm2837-rpi-cm3-io3.dtb"}
+}
+
 // FindBoard returns the supported board that a device tree's root "compatible"
 // names. compatible is the property as the kernel shows it in
 // /proc/device-tree/compatible: strings that each end in a NUL byte.
