@@ -1,0 +1,164 @@
+package receiver
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"farkeep/appliance/part"
+	"farkeep/appliance/status"
+	"farkeep/shared/pushwire"
+)
+
+// collect puts together what the parts say, as far as k may see it. A part that
+// says nothing leaves its fields at zero, which never reads as "good".
+func (r *receiver) collect(k Key) pushwire.Status {
+	now := pushwire.Status{Appliance: r.brief.Appliance, Time: r.env.Now().UTC(), Disk: pushwire.DiskState{State: "unknown"}}
+	if boot := read[status.Boot](r, r.env.Paths.Boot()); boot != nil {
+		now.Version, now.Board, now.Slot, now.Started = boot.Version, boot.Board, boot.Slot, boot.StartedAt
+		now.Degraded, now.Restarts = boot.Degraded, boot.Restarts
+	}
+	if network := read[status.Network](r, r.env.Paths.Status(part.Network)); network != nil {
+		now.ClockSet = network.ClockSet
+		if network.ClockJump != "" {
+			now.Degraded = append(now.Degraded, "clock: "+network.ClockJump)
+		}
+	}
+	if disk := read[status.Disk](r, r.env.Paths.Status(part.Disk)); disk != nil {
+		now.Disk = diskState(disk)
+	}
+	if keeper := read[status.Keeper](r, r.env.Paths.Status(part.Keeper)); keeper != nil {
+		for _, repo := range keeper.Repositories {
+			if k.mayUse(repo.Name) {
+				now.Repositories = append(now.Repositories, pushwire.RepositoryStatus{
+					Name: repo.Name, Newest: repo.Newest, NewestAt: repo.NewestAt, ConfirmedAt: repo.ConfirmedAt,
+					Generations: repo.Generations, Suspect: repo.Suspect, Bytes: repo.Bytes,
+				})
+			}
+		}
+		for _, beat := range keeper.Heartbeats {
+			now.Heartbeats = append(now.Heartbeats, pushwire.HeartbeatStatus{Host: beat.Host, ReceivedAt: beat.ReceivedAt})
+		}
+	}
+	if deadman := read[status.Deadman](r, r.env.Paths.Status(part.Deadman)); deadman != nil {
+		for _, a := range deadman.Alarms {
+			// Alarms about repositories name them, and a push key must not learn the names of others.
+			if k.Role == RolePush && mentionsForeign(a, now.Repositories) {
+				continue
+			}
+			now.Alarms = append(now.Alarms, pushwire.Alarm{Kind: a.Kind, Subject: a.Subject, Since: a.Since})
+		}
+	}
+	if mail := read[status.Mail](r, r.env.Paths.Status(part.Mail)); mail != nil {
+		now.MailQueued, now.MailError = mail.Queued, mail.LastError
+	}
+	return now
+}
+
+// mentionsForeign says whether an alarm is about a repository that is not among
+// those that the key may see.
+func mentionsForeign(a status.Alarm, own []pushwire.RepositoryStatus) bool {
+	if !strings.HasPrefix(a.Kind, "repository") {
+		return false
+	}
+	return !slices.ContainsFunc(own, func(r pushwire.RepositoryStatus) bool { return strings.Contains(a.Subject, r.Name) })
+}
+
+func read[T any](r *receiver, path string) *T {
+	v, err := status.Read[T](path)
+	if err != nil {
+		r.env.Log.Warn("a part's status cannot be read", "err", err)
+		return nil
+	}
+	return v
+}
+
+func diskState(d *status.Disk) pushwire.DiskState {
+	return pushwire.DiskState{
+		State: d.State, Power: d.Power, Unlocked: d.Unlocked, Mounted: d.Mounted, Since: d.Since,
+		ExposureMinutes: d.ExposureMinutes, Error: d.Error, TotalBytes: d.TotalBytes, FreeBytes: d.FreeBytes,
+	}
+}
+
+// describe writes a status for a person.
+func describe(s pushwire.Status) string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	row("appliance", "%s, %s, version %s, up since %s", s.Appliance, orUnknown(s.Board), orUnknown(s.Version), when(s.Started))
+	clock := "not set: no heartbeat is judged until it is"
+	if s.ClockSet {
+		clock = "set"
+	}
+	row("clock", "%s, %s", s.Time.Format(time.RFC3339), clock)
+	row("power", "%s", onOff(s.Disk.Power, "on", "off"))
+	row("unlocked", "%s", onOff(s.Disk.Unlocked, "yes", "no"))
+	row("mounted", "%s", onOff(s.Disk.Mounted, "yes", "no"))
+	row("exposure", "%d min since power on", s.Disk.ExposureMinutes)
+	if s.Disk.Error != "" {
+		row("disk", "%s: %s", s.Disk.State, s.Disk.Error)
+	} else {
+		row("disk", "%s", s.Disk.State)
+	}
+	if s.Disk.TotalBytes > 0 {
+		row("space", "%s free of %s", size(s.Disk.FreeBytes), size(s.Disk.TotalBytes))
+	}
+	for _, r := range s.Repositories {
+		suspect := ""
+		if r.Suspect {
+			suspect = ", SUSPECT"
+		}
+		row("repository "+r.Name, "%d generations, newest %s (%s), confirmed %s%s", r.Generations, orUnknown(r.Newest), size(r.Bytes), when(r.ConfirmedAt), suspect)
+	}
+	for _, h := range s.Heartbeats {
+		row("heartbeat "+h.Host, "%s", when(h.ReceivedAt))
+	}
+	for _, a := range s.Alarms {
+		row("ALARM", "%s (since %s)", a.Subject, when(a.Since))
+	}
+	mail := fmt.Sprintf("%d waiting", s.MailQueued)
+	if s.MailError != "" {
+		mail += ", last error: " + s.MailError
+	}
+	row("mail", "%s", mail)
+	for _, d := range s.Degraded {
+		row("degraded", "%s", d)
+	}
+	w.Flush()
+	return b.String()
+}
+
+func orUnknown(s string) string {
+	if s == "" {
+		return "unknown"
+	}
+	return s
+}
+
+func onOff(b bool, on, off string) string {
+	if b {
+		return on
+	}
+	return off
+}
+
+func when(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return t.UTC().Format("2006-01-02 15:04:05 UTC")
+}
+
+func size(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, prefix := float64(n)/unit, 0
+	for value >= unit && prefix < 4 {
+		value, prefix = value/unit, prefix+1
+	}
+	return fmt.Sprintf("%.1f %ciB", value, "KMGTP"[prefix])
+}

@@ -1,0 +1,275 @@
+package receiver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"farkeep/appliance/browse"
+	"farkeep/appliance/keepercall"
+	"farkeep/appliance/localcall"
+	"farkeep/appliance/part"
+	"farkeep/appliance/status"
+	"farkeep/shared/hint"
+	"farkeep/shared/pushwire"
+	"farkeep/shared/sshverb"
+)
+
+// MaxWakeWait bounds how long "wake --wait" may wait.
+const MaxWakeWait = 30 * time.Minute
+
+// maxLog bounds what "logs" shows, in bytes.
+const maxLog = 1 << 20
+
+type verb struct {
+	roles []string
+	usage string
+	do    func(r *receiver, ctx context.Context, s *sshverb.Session, k Key) error
+}
+
+var verbs = map[string]verb{
+	"status":      {[]string{RolePush, RoleRestore, RoleAdmin}, "status [--json]", (*receiver).status},
+	"wake":        {[]string{RolePush, RoleRestore, RoleAdmin}, "wake [--wait=SECONDS]", (*receiver).wake},
+	"sleep":       {[]string{RolePush, RoleAdmin}, "sleep", (*receiver).sleep},
+	"offer":       {[]string{RolePush}, "offer REPOSITORY", keeperVerb(keepercall.Offer, 1, 1, true)},
+	"upload":      {[]string{RolePush}, "upload PUSH", keeperVerb(keepercall.Upload, 1, 1, true)},
+	"commit":      {[]string{RolePush}, "commit PUSH", keeperVerb(keepercall.Commit, 1, 1, false)},
+	"abort":       {[]string{RolePush}, "abort PUSH", keeperVerb(keepercall.Abort, 1, 1, false)},
+	"heartbeat":   {[]string{RolePush}, "heartbeat HOST", keeperVerb(keepercall.Heartbeat, 1, 1, true)},
+	"generations": {[]string{RolePush, RoleRestore, RoleAdmin}, "generations [REPOSITORY]", keeperVerb(keepercall.Generations, 0, 1, false)},
+	"verify":      {[]string{RolePush, RoleRestore, RoleAdmin}, "verify REPOSITORY GENERATION", keeperVerb(keepercall.Verify, 2, 2, false)},
+	"logs":        {[]string{RoleAdmin}, "logs", (*receiver).logs},
+}
+
+func (r *receiver) exec(ctx context.Context, s *sshverb.Session) error {
+	r.count(+1)
+	defer r.count(-1)
+	k := keyOf(s)
+	v, known := verbs[s.Verb]
+	// A verb of another role looks like one that does not exist.
+	if !known || !slices.Contains(v.roles, k.Role) {
+		return &sshverb.Error{Code: hint.ExitRefused, Text: fmt.Sprintf("the key %q (%s) has no verb of that name", k.Name, k.Role), Hint: "it has: " + strings.Join(verbsOf(k.Role), ", ")}
+	}
+	err := v.do(r, ctx, s, k)
+	if errors.Is(err, errUsage) {
+		return &sshverb.Error{Code: hint.ExitUsage, Text: "usage: " + v.usage}
+	}
+	return err
+}
+
+func verbsOf(role string) []string {
+	var names []string
+	for name, v := range verbs {
+		if slices.Contains(v.roles, role) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func (r *receiver) count(n int) {
+	r.mu.Lock()
+	r.sessions += n
+	r.mu.Unlock()
+}
+
+// errUsage is returned by a verb whose arguments are not what its usage says.
+var errUsage = errors.New("wrong arguments")
+
+// keeperVerb relays a verb with between least and most arguments to the keeper:
+// the peer's bytes go in if the verb takes any, the keeper's answers and raw
+// bytes come out.
+func keeperVerb(name string, least, most int, input bool) func(*receiver, context.Context, *sshverb.Session, Key) error {
+	return func(r *receiver, ctx context.Context, s *sshverb.Session, k Key) error {
+		if len(s.Args) < least || len(s.Args) > most {
+			return errUsage
+		}
+		args := keepercall.Args{Key: k.Name, Role: k.Role, Repositories: k.Repositories, Quota: k.Quota}
+		arg := func(i int) string {
+			if i < len(s.Args) {
+				return s.Args[i]
+			}
+			return ""
+		}
+		switch name {
+		case keepercall.Offer, keepercall.Generations, keepercall.Verify:
+			args.Repository, args.Generation = arg(0), arg(1)
+		case keepercall.Heartbeat:
+			args.Host = arg(0)
+		default:
+			args.Push = arg(0)
+		}
+		ctx, done, err := r.hold(ctx, s)
+		if err != nil {
+			return err
+		}
+		defer done()
+		return r.relay(ctx, s, name, args, input)
+	}
+}
+
+func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, args keepercall.Args, input bool) error {
+	call, err := localcall.Open(ctx, r.env.Paths.Socket(part.Keeper), name, args)
+	if err != nil {
+		return forPeer(err)
+	}
+	defer call.Close()
+	if input {
+		// The goroutine ends with the session's channel, which the server closes
+		// when this function returns: a read from a peer cannot be interrupted.
+		go func() {
+			if _, err := io.Copy(call, s.Stdin); err != nil {
+				call.Close() // half an upload must not look like a whole one
+				return
+			}
+			call.CloseWrite()
+		}()
+	} else {
+		call.CloseWrite()
+	}
+	for {
+		var answer keepercall.Answer
+		if err := call.ReadReply(&answer); err != nil {
+			return forPeer(err)
+		}
+		if answer.Out != nil {
+			if _, err := s.Stdout.Write(append(answer.Out, '\n')); err != nil {
+				return err
+			}
+		}
+		switch answer.Then {
+		case keepercall.ThenLine:
+		case keepercall.ThenRaw:
+			_, err := io.Copy(s.Stdout, call)
+			return err
+		default:
+			return nil
+		}
+	}
+}
+
+// sftp serves the generations to restore and admin keys.
+func (r *receiver) sftp(ctx context.Context, s *sshverb.Session) error {
+	r.count(+1)
+	defer r.count(-1)
+	k := keyOf(s)
+	if k.Role == RolePush {
+		return &sshverb.Error{Code: hint.ExitRefused, Text: "a push key reads nothing", Hint: "use a restore key"}
+	}
+	ctx, done, err := r.hold(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer done()
+	disk, err := browse.Open(r.generations(), k.mayUse)
+	if err != nil {
+		return &sshverb.Error{Code: hint.ExitFailure, Text: "there are no generations yet", Err: err}
+	}
+	defer disk.Close()
+	rw := s.ReadWriteCloser()
+	stop := context.AfterFunc(ctx, func() { rw.Close() })
+	defer stop()
+	return disk.Serve(rw)
+}
+
+// mayUse says whether the key may use the repository.
+func (k Key) mayUse(repository string) bool {
+	if len(k.Repositories) == 0 {
+		return k.Role != RolePush
+	}
+	return slices.ContainsFunc(k.Repositories, func(pattern string) bool {
+		if prefix, ok := strings.CutSuffix(pattern, "*"); ok {
+			return strings.HasPrefix(repository, prefix)
+		}
+		return repository == pattern
+	})
+}
+
+func (r *receiver) wake(ctx context.Context, s *sshverb.Session, _ Key) error {
+	wait := time.Duration(0)
+	for _, arg := range s.Args {
+		seconds, ok := strings.CutPrefix(arg, "--wait=")
+		n, err := strconv.Atoi(seconds)
+		if !ok || err != nil || n < 0 || n > int(MaxWakeWait/time.Second) {
+			return errUsage
+		}
+		wait = time.Duration(n) * time.Second
+	}
+	if err := localcall.Call(ctx, r.env.Paths.Socket(part.Disk), "wake", nil, nil); err != nil {
+		return forPeer(err)
+	}
+	deadline := time.Now().Add(wait) // monotonic
+	for {
+		disk, err := status.Read[status.Disk](r.env.Paths.Status(part.Disk))
+		if err != nil {
+			return err
+		}
+		if disk == nil {
+			disk = &status.Disk{State: "unknown"}
+		}
+		if disk.Mounted || !time.Now().Before(deadline) {
+			if wait > 0 && !disk.Mounted {
+				s.Log.Warn("the disk did not open in time", "state", disk.State, "err", disk.Error)
+			}
+			return pushwire.WriteLine(s.Stdout, diskState(disk))
+		}
+		sleep(ctx, 250*time.Millisecond)
+		if ctx.Err() != nil {
+			return forPeer(ctx.Err())
+		}
+	}
+}
+
+func (r *receiver) sleep(ctx context.Context, s *sshverb.Session, _ Key) error {
+	if len(s.Args) != 0 {
+		return errUsage
+	}
+	if err := localcall.Call(ctx, r.env.Paths.Socket(part.Disk), "sleep", nil, nil); err != nil {
+		return forPeer(err)
+	}
+	disk, err := status.Read[status.Disk](r.env.Paths.Status(part.Disk))
+	if err != nil || disk == nil {
+		return errors.Join(errors.New("the disk's state is not known"), err)
+	}
+	return pushwire.WriteLine(s.Stdout, diskState(disk))
+}
+
+// logs shows the end of the log: the newest maxLog bytes.
+func (r *receiver) logs(_ context.Context, s *sshverb.Session, _ Key) error {
+	if len(s.Args) != 0 {
+		return errUsage
+	}
+	f, err := os.Open(filepath.Join(r.env.Paths.State, "log", "farkeep.log"))
+	if err != nil {
+		return &sshverb.Error{Code: hint.ExitFailure, Text: "the log cannot be read", Err: err}
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(s.Stdout, io.NewSectionReader(f, max(0, info.Size()-maxLog), maxLog))
+	return err
+}
+
+func (r *receiver) status(_ context.Context, s *sshverb.Session, k Key) error {
+	asJSON := slices.Equal(s.Args, []string{"--json"})
+	if len(s.Args) != 0 && !asJSON {
+		return errUsage
+	}
+	now := r.collect(k)
+	if asJSON {
+		return json.NewEncoder(s.Stdout).Encode(now)
+	}
+	_, err := io.WriteString(s.Stdout, describe(now))
+	return err
+}
