@@ -59,7 +59,21 @@ type OfferAnswer struct {
 	Need       int64  `json:"need,omitempty"`       // AnswerSend: files to upload
 	NeedBytes  int64  `json:"need_bytes,omitempty"` // AnswerSend: their size
 	Kept       int64  `json:"kept,omitempty"`       // AnswerSend: files already there from a push that was cut
+	Base       string `json:"base,omitempty"`       // AnswerSend: the generation that recipes copy from; "" for none
+	// BaseDigest is the digest of Base's manifest, hex: the pusher knows by it
+	// whether it remembers what Base holds.
+	BaseDigest string    `json:"base_digest,omitempty"`
+	Resume     []Partial `json:"resume,omitempty"` // AnswerSend: files of which the beginning is there
 }
+
+// Partial is a file of which the appliance has the first Have bytes.
+type Partial struct {
+	Index int64 `json:"index"` // in the offered manifest
+	Have  int64 `json:"have"`
+}
+
+// MaxPartials bounds OfferAnswer.Resume.
+const MaxPartials = 16
 
 // UploadAnswer ends an upload.
 type UploadAnswer struct {
