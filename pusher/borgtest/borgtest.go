@@ -99,8 +99,9 @@ func (r *Repository) Set(t testing.TB, key, value string) {
 }
 
 // Verify checks the repository at path, a copy of r, with a borg that has never
-// seen it: check --verify-data, then every archive extracted and compared with
-// want (archive name to folder).
+// seen it: check --verify-data, then each archive of want extracted and compared
+// with the folder that it names: Source, or a copy of it from when the archive
+// was made.
 func (r *Repository) Verify(t testing.TB, path string, want map[string]string) {
 	t.Helper()
 	base := t.TempDir()
@@ -116,7 +117,7 @@ func (r *Repository) Verify(t testing.TB, path string, want map[string]string) {
 	for archive, source := range want {
 		out := t.TempDir()
 		run(out, "extract", path+"::"+archive)
-		diff, err := exec.Command("diff", "-r", filepath.Join(out, source), source).CombinedOutput()
+		diff, err := exec.Command("diff", "-r", filepath.Join(out, r.Source), source).CombinedOutput()
 		if err != nil || len(bytes.TrimSpace(diff)) > 0 {
 			t.Fatalf("archive %s differs from its source: %v\n%s", archive, err, diff)
 		}
