@@ -1,0 +1,224 @@
+package appliance_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/crypto/ssh"
+
+	"farkeep/pusher/appliance"
+	"farkeep/pusher/target"
+	"farkeep/shared/hint"
+	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
+	"farkeep/shared/sshverb"
+)
+
+func newSigner(t *testing.T) ssh.Signer {
+	t.Helper()
+	_, priv, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := ssh.NewSignerFromKey(priv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// start serves verbs as an appliance would, and returns the pusher's view of it.
+func start(t *testing.T, exec sshverb.Handler) *appliance.Appliance {
+	t.Helper()
+	host, identity := newSigner(t), newSigner(t)
+	server := &sshverb.Server{
+		HostKey:   host,
+		Authorise: func(ssh.PublicKey, net.Addr) (*ssh.Permissions, error) { return &ssh.Permissions{}, nil },
+		Exec:      exec,
+		Log:       slog.New(slog.NewTextHandler(io.Discard, nil)),
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- server.Serve(ctx, l) }()
+	a := appliance.New(appliance.Config{Name: "vault", Address: l.Addr().String(), HostKey: host.PublicKey(), Identity: identity, Log: slog.New(slog.DiscardHandler)})
+	t.Cleanup(func() {
+		a.Close()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return a
+}
+
+func list(text string) func() (io.ReadCloser, error) {
+	return func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(text)), nil }
+}
+
+func TestOffer(t *testing.T) {
+	needed := manifest.NewSet(1000)
+	for _, i := range []int64{0, 1, 2, 7, 999} {
+		needed.Add(i)
+	}
+	var setBytes bytes.Buffer
+	if _, err := needed.WriteTo(&setBytes); err != nil {
+		t.Fatal(err)
+	}
+	const sendLine = `{"answer":"send","push":"p1","need":5,"need_bytes":9}` + "\n"
+	tests := []struct {
+		name          string
+		first, second string // answers; "" ends the verb
+		wantErr       string
+		wantManifest  bool
+		wantAnswer    string
+	}{
+		{"same", `{"answer":"same","generation":"000001-x"}` + "\n", "", "", false, pushwire.AnswerSame},
+		{"send", `{"answer":"send-manifest"}` + "\n", sendLine + setBytes.String(), "", true, pushwire.AnswerSend},
+		{"asks twice for the manifest", `{"answer":"send-manifest"}` + "\n", `{"answer":"send-manifest"}` + "\n", "no known answer", true, ""},
+		{"nonsense", `{"answer":"bring money"}` + "\n", "", "no known answer", false, ""},
+		{"unknown key", `{"answer":"same","please":1}` + "\n", "", "unknown field", false, ""},
+		{"no answer", "", "", "without an answer", false, ""},
+		{"endless line", strings.Repeat("x", pushwire.MaxLine+1), "", "no line end", false, ""},
+		{"set cut", `{"answer":"send-manifest"}` + "\n", sendLine + setBytes.String()[:2], "needed files", true, ""},
+		{"set that says something else", `{"answer":"send-manifest"}` + "\n", strings.Replace(sendLine, `"need":5`, `"need":6`, 1) + setBytes.String(), "are listed", true, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			gotManifest := make(chan string, 1)
+			a := start(t, func(_ context.Context, s *sshverb.Session) error {
+				r := pushwire.NewReader(s.Stdin)
+				var offer pushwire.Offer
+				if err := pushwire.ReadLine(r, &offer); err != nil {
+					return err
+				}
+				if diff := cmp.Diff(pushwire.Offer{Digest: "d", Entries: 1000, Kind: pushwire.KindFiles}, offer); diff != "" {
+					t.Error(diff)
+				}
+				io.WriteString(s.Stdout, tt.first)
+				if tt.second != "" {
+					m, err := io.ReadAll(r)
+					if err != nil {
+						return err
+					}
+					gotManifest <- string(m)
+					io.WriteString(s.Stdout, tt.second)
+				}
+				return nil
+			})
+			answer, err := a.Offer(t.Context(), "photos", pushwire.Offer{Digest: "d", Entries: 1000, Kind: pushwire.KindFiles}, list("the manifest"))
+			if tt.wantErr != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.wantErr) {
+					t.Errorf("got %v; want %q", err, tt.wantErr)
+				}
+			} else if err != nil || answer.Answer != tt.wantAnswer {
+				t.Errorf("got %+v, %v", answer, err)
+			}
+			if tt.wantManifest {
+				if m := <-gotManifest; m != "the manifest" {
+					t.Errorf("the manifest arrived as %q", m)
+				}
+			}
+			if tt.wantAnswer == pushwire.AnswerSend && (answer.Needed.Len() != 5 || !answer.Needed.Has(999)) {
+				t.Errorf("needed: %d", answer.Needed.Len())
+			}
+		})
+	}
+}
+
+func TestRefusalInTheMiddleOfAnUpload(t *testing.T) {
+	a := start(t, func(_ context.Context, s *sshverb.Session) error {
+		io.CopyN(io.Discard, s.Stdin, 100)
+		return &sshverb.Error{Code: hint.ExitFailure, Text: "entry 7: the hash does not match", Hint: "push again"}
+	})
+	_, err := a.Upload(t.Context(), "p1", func(w io.Writer) error {
+		for {
+			if _, err := w.Write(make([]byte, 1<<16)); err != nil {
+				return err
+			}
+		}
+	})
+	if err == nil || !strings.Contains(err.Error(), "the hash does not match") || hint.Of(err) != "push again" || target.Temporary(err) {
+		t.Errorf("got %v, hint %q", err, hint.Of(err))
+	}
+}
+
+func TestSourceErrorCutsTheUpload(t *testing.T) {
+	cut := make(chan error, 1)
+	a := start(t, func(ctx context.Context, s *sshverb.Session) error {
+		_, err := io.Copy(io.Discard, s.Stdin)
+		cut <- err
+		return err
+	})
+	mine := errors.New("read segment 7: input/output error")
+	_, err := a.Upload(t.Context(), "p1", func(w io.Writer) error {
+		w.Write([]byte("half"))
+		return mine
+	})
+	if !errors.Is(err, mine) {
+		t.Errorf("got %v", err)
+	}
+	<-cut
+}
+
+func TestBrokenLineIsTemporaryAndReconnects(t *testing.T) {
+	calls := make(chan struct{}, 2)
+	calls <- struct{}{}
+	a := start(t, func(_ context.Context, s *sshverb.Session) error {
+		select {
+		case <-calls:
+			s.ReadWriteCloser().Close() // no exit status: as if the line broke
+			return nil
+		default:
+			io.WriteString(s.Stdout, `{"generation":"000002-x"}`+"\n")
+			return nil
+		}
+	})
+	if _, err := a.Commit(t.Context(), "p1"); !target.Temporary(err) {
+		t.Errorf("got %v, which is not temporary", err)
+	}
+	answer, err := a.Commit(t.Context(), "p1")
+	if err != nil || answer.Generation != "000002-x" {
+		t.Errorf("got %+v, %v", answer, err)
+	}
+}
+
+func TestWake(t *testing.T) {
+	state := `{"state":"failed","error":"the key server at home refused"}`
+	a := start(t, func(_ context.Context, s *sshverb.Session) error {
+		if s.Verb != "wake" || !strings.HasPrefix(s.Args[0], "--wait=") {
+			t.Errorf("verb %s %v", s.Verb, s.Args)
+		}
+		io.WriteString(s.Stdout, state+"\n")
+		return nil
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := a.Wake(ctx); !target.Temporary(err) || !strings.Contains(err.Error(), "key server at home refused") {
+		t.Errorf("got %v", err)
+	}
+	state = `{"state":"mounted","mounted":true}`
+	if err := a.Wake(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUnreachableAppliance(t *testing.T) {
+	a := appliance.New(appliance.Config{Name: "vault", Address: "127.0.0.1:1", HostKey: newSigner(t).PublicKey(), Identity: newSigner(t), Log: slog.New(slog.DiscardHandler)})
+	if _, err := a.Status(t.Context()); !target.Temporary(err) || !strings.Contains(err.Error(), "appliance vault: ") {
+		t.Errorf("got %v", err)
+	}
+}
