@@ -1,0 +1,246 @@
+package keysource_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"farkeep/appliance/keysource"
+	"farkeep/shared/identity"
+	"farkeep/shared/secret"
+	"farkeep/shared/settings"
+	"farkeep/shared/sshverb"
+
+	"golang.org/x/crypto/ssh"
+)
+
+const uuid = "b64e6fbb-11a0-42e1-b7f1-32adde77f805"
+
+func logger(t *testing.T) *slog.Logger {
+	return slog.New(slog.NewTextHandler(t.Output(), nil))
+}
+
+// fake is a key server in memory.
+type fake struct {
+	name  string
+	delay time.Duration
+	key   string
+	err   error
+	given secret.Bytes
+}
+
+func (f *fake) String() string { return f.name }
+
+func (f *fake) Key(ctx context.Context, _ string) (secret.Bytes, error) {
+	select {
+	case <-ctx.Done():
+		return secret.Bytes{}, ctx.Err()
+	case <-time.After(f.delay):
+	}
+	if f.err != nil {
+		return secret.Bytes{}, f.err
+	}
+	f.given = secret.New([]byte(f.key))
+	return f.given, nil
+}
+
+func TestFind(t *testing.T) {
+	const forever = time.Hour
+	refused := errors.Join(keysource.ErrRefused, errors.New("revoked"))
+	down := errors.New("connection refused")
+	broken := errors.New("no such device")
+	for _, tc := range []struct {
+		name    string
+		sources []*fake
+		accept  error
+		want    string // the source whose key is taken
+		err     error
+		within  time.Duration
+	}{
+		{"one", []*fake{{name: "a", key: "right"}}, nil, "a", nil, 0},
+		{"first down", []*fake{{name: "a", err: down}, {name: "b", key: "right"}}, nil, "b", nil, 0},
+		{"first hangs", []*fake{{name: "a", delay: forever}, {name: "b", key: "right"}}, nil, "b", nil, keysource.Stagger},
+		{"three hang", []*fake{{name: "a", delay: forever}, {name: "b", delay: forever}, {name: "c", delay: forever}, {name: "d", key: "right"}}, nil, "d", nil, 3 * keysource.Stagger},
+		{"first slow, still first", []*fake{{name: "a", delay: 2 * time.Second, key: "right"}, {name: "b", key: "right"}}, nil, "a", nil, 2 * time.Second},
+		{"first lies", []*fake{{name: "a", key: "wrong"}, {name: "b", key: "right"}}, nil, "b", nil, 0},
+		{"first refuses", []*fake{{name: "a", err: refused}, {name: "b", key: "right"}}, nil, "b", nil, 0},
+		{"all down", []*fake{{name: "a", err: down}, {name: "b", err: down}}, nil, "", keysource.ErrUnreachable, 0},
+		{"one refuses, one is down", []*fake{{name: "a", err: refused}, {name: "b", err: down}}, nil, "", keysource.ErrRefused, 0},
+		{"one lies, one refuses", []*fake{{name: "a", key: "wrong"}, {name: "b", err: refused}}, nil, "", keysource.ErrWrongKey, 0},
+		{"none", nil, nil, "", keysource.ErrUnreachable, 0},
+		{"disk broken", []*fake{{name: "a", key: "right"}, {name: "b", key: "right"}}, broken, "a", broken, 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var sources []keysource.Source
+				for _, f := range tc.sources {
+					sources = append(sources, f)
+				}
+				begin := time.Now()
+				got, err := keysource.Find(t.Context(), logger(t), sources, keysource.Stagger, uuid, func(s keysource.Source, key secret.Bytes) (bool, error) {
+					return string(key.Reveal()) == "right", tc.accept
+				})
+				name := ""
+				if got != nil {
+					name = got.String()
+				}
+				if name != tc.want || !errors.Is(err, tc.err) {
+					t.Errorf("got %q, %v; want %q, %v", name, err, tc.want, tc.err)
+				}
+				if took := time.Since(begin); took != tc.within {
+					t.Errorf("took %v, want %v", took, tc.within)
+				}
+				for _, f := range tc.sources {
+					if strings.Trim(string(f.given.Reveal()), "\x00") != "" {
+						t.Errorf("the key of %s was not wiped", f.name)
+					}
+				}
+			})
+		})
+	}
+}
+
+func TestFindCancelled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := keysource.Find(ctx, logger(t), []keysource.Source{&fake{name: "a", delay: time.Hour}}, keysource.Stagger, uuid, nil)
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// server runs a key server's SSH side with the given handler and returns how to
+// reach it and whom it lets in.
+func server(t *testing.T, h sshverb.Handler) (settings.KeyServer, ssh.Signer) {
+	t.Helper()
+	hostPrivate, hostPublic := newIdentity(t)
+	clientPrivate, _ := newIdentity(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &sshverb.Server{
+		HostKey: hostPrivate,
+		Authorise: func(key ssh.PublicKey, _ net.Addr) (*ssh.Permissions, error) {
+			if !bytes.Equal(key.Marshal(), clientPrivate.PublicKey().Marshal()) {
+				return nil, errors.New("unknown")
+			}
+			return &ssh.Permissions{}, nil
+		},
+		Exec: h,
+		Log:  logger(t),
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, l) }()
+	t.Cleanup(func() { cancel(); <-done })
+	return settings.KeyServer{Name: "home", Address: l.Addr().String(), HostKey: hostPublic}, clientPrivate
+}
+
+func newIdentity(t *testing.T) (ssh.Signer, string) {
+	t.Helper()
+	private, public, err := identity.New("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := identity.Signer(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signer, public
+}
+
+func TestServer(t *testing.T) {
+	key := bytes.Repeat([]byte{0, '\n', 0xff, 'k'}, 16)
+	give := func(b []byte) sshverb.Handler {
+		return func(_ context.Context, s *sshverb.Session) error {
+			if s.Verb != "key" || len(s.Args) != 1 || s.Args[0] != uuid {
+				return errors.New("unexpected verb")
+			}
+			_, err := s.Stdout.Write(b)
+			return err
+		}
+	}
+	ask := func(t *testing.T, s settings.KeyServer, id ssh.Signer) (secret.Bytes, error) {
+		t.Helper()
+		src, err := keysource.NewServer(s, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return src.Key(t.Context(), uuid)
+	}
+	askNew := func(t *testing.T, h sshverb.Handler) (secret.Bytes, error) {
+		t.Helper()
+		s, id := server(t, h)
+		return ask(t, s, id)
+	}
+	t.Run("gives the key", func(t *testing.T) {
+		got, err := askNew(t, give(key))
+		if err != nil || !bytes.Equal(got.Reveal(), key) {
+			t.Errorf("%d bytes, %v", got.Len(), err)
+		}
+	})
+	t.Run("refuses", func(t *testing.T) {
+		got, err := askNew(t, func(context.Context, *sshverb.Session) error {
+			return sshverb.Refuse(errors.New("revoked by the operator"), "no key")
+		})
+		if !errors.Is(err, keysource.ErrRefused) || got.Len() != 0 {
+			t.Errorf("%d bytes, %v", got.Len(), err)
+		}
+	})
+	t.Run("key, then refusal", func(t *testing.T) {
+		got, err := askNew(t, func(_ context.Context, s *sshverb.Session) error {
+			s.Stdout.Write(key)
+			return sshverb.Refuse(io.EOF, "no key")
+		})
+		if !errors.Is(err, keysource.ErrRefused) || got.Len() != 0 {
+			t.Errorf("%d bytes, %v", got.Len(), err)
+		}
+	})
+	t.Run("gives nothing", func(t *testing.T) {
+		if got, err := askNew(t, give(nil)); err == nil || errors.Is(err, keysource.ErrRefused) {
+			t.Errorf("%d bytes, %v", got.Len(), err)
+		}
+	})
+	t.Run("gives too much", func(t *testing.T) {
+		if got, err := askNew(t, give(make([]byte, keysource.MaxKey+1))); !errors.Is(err, secret.ErrTooLong) {
+			t.Errorf("%d bytes, %v", got.Len(), err)
+		}
+	})
+	t.Run("does not know us", func(t *testing.T) {
+		s, _ := server(t, give(key))
+		stranger, _ := newIdentity(t)
+		if _, err := ask(t, s, stranger); !errors.Is(err, keysource.ErrRefused) {
+			t.Errorf("%v", err)
+		}
+	})
+	t.Run("has another host key", func(t *testing.T) {
+		s, id := server(t, give(key))
+		_, s.HostKey = newIdentity(t)
+		_, err := ask(t, s, id)
+		if !errors.Is(err, sshverb.ErrHostKey) || errors.Is(err, keysource.ErrRefused) {
+			t.Errorf("%v", err)
+		}
+	})
+	t.Run("is not there", func(t *testing.T) {
+		s, id := server(t, give(key))
+		s.Address = "127.0.0.1:1"
+		if _, err := ask(t, s, id); err == nil || errors.Is(err, keysource.ErrRefused) {
+			t.Errorf("%v", err)
+		}
+	})
+	t.Run("bad host key in the settings", func(t *testing.T) {
+		if _, err := keysource.NewServer(settings.KeyServer{Name: "home", HostKey: "ssh-ed25519 AAAA"}, nil); err == nil {
+			t.Error("accepted")
+		}
+	})
+}
