@@ -40,6 +40,8 @@ type node struct {
 	major, minor uint32
 }
 
+func (n node) isDir() bool { return n.mode&^0o7777 == typeDir }
+
 func (t *Tree) add(name string, n node) error {
 	clean := path.Clean("/" + name)[1:]
 	if clean == "" || clean != strings.Trim(name, "/") || strings.ContainsRune(name, 0) {
@@ -53,11 +55,11 @@ func (t *Tree) add(name string, n node) error {
 			if err := t.Dir(dir, 0o755); err != nil {
 				return err
 			}
-		} else if parent.mode&typeDir == 0 {
+		} else if !parent.isDir() {
 			return fmt.Errorf("initramfs: %s is not a directory", dir)
 		}
 	}
-	if old, ok := t.nodes[clean]; ok && (old.mode != n.mode || n.mode&typeDir == 0) {
+	if old, ok := t.nodes[clean]; ok && (old.mode != n.mode || !n.isDir()) {
 		return fmt.Errorf("initramfs: %s is there twice", clean)
 	}
 	t.nodes[clean] = n
@@ -93,7 +95,7 @@ func (t *Tree) Write(w io.Writer, mtime time.Time) error {
 	for i, name := range names {
 		n := t.nodes[name]
 		links := uint32(1)
-		if n.mode&typeDir != 0 && n.mode&typeChar == 0 {
+		if n.isDir() {
 			links = 2
 		}
 		entry(&b, name, n, uint32(i+1), links, uint32(mtime.Unix()))
