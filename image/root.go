@@ -60,6 +60,7 @@ func newRootCmd(env *Env) *cobra.Command {
 	root.AddCommand(
 		newBuildCmd(env),
 		newPersonaliseCmd(env),
+		newSiteCmd(env),
 	)
 	return root
 }

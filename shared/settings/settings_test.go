@@ -183,7 +183,7 @@ func TestMistakes(t *testing.T) {
 		{"no endpoint", `endpoints = .*`, `¶endpoints = []`, "vpn.peer.endpoints: 1 to 16"},
 		{"bad endpoint", `endpoints = .*`, `¶endpoints = ["home.example.net"]`, `vpn.peer.endpoints: "home.example.net" is not host:port`},
 		{"no allowed addresses", `allowed_ips = .*`, `¶allowed_ips = []`, "vpn.peer.allowed_ips"},
-		{"keepalive", `allowed_ips`, "¶keepalive = '2h'\nallowed_ips", "vpn.peer.keepalive: 2h0m0s is not between"},
+		{"keepalive", `allowed_ips`, "¶keepalive = '2h'\nallowed_ips", "vpn.peer.keepalive: 2h is not between"},
 		{"no key server", `(?s)\[\[key_server\]\].*?\n\n`, "", "key_server.address: 1 to 16 key servers are needed"},
 		{"key server name", `(\[\[key_server\]\]\n)name = "home"`, "${1}¶name = '-'", "key_server.name"},
 		{"key server address", `address = "10.77.0.1:4022"`, `¶address = "10.77.0.1:0"`, "key_server.address"},
@@ -193,7 +193,7 @@ func TestMistakes(t *testing.T) {
 		{"relay level", `active = "low"`, `¶active = "on"`, "disk.relay.active"},
 		{"relay line", `line = 17`, `¶line = 58`, "disk.relay.line: 58 is not a GPIO line"},
 		{"window start", `start = "01:30"`, `¶start = "25:00"`, "is not a time of day"},
-		{"window length", `length = "4h"`, `¶length = "25h"`, "disk.window.length: 25h0m0s is longer than a day"},
+		{"window length", `length = "4h"`, `¶length = "25h"`, "disk.window.length: 25h is longer than a day"},
 		{"idle close", `\[disk.relay\]`, "¶idle_close = '1ms'\n[disk.relay]", "disk.idle_close"},
 		{"receiver port", `\[\[receiver.key\]\]`, "[receiver]\n¶port = -1\n[[receiver.key]]", "receiver.port"},
 		{"receiver keys", `\[dead_man\]`, strings.Repeat("[[receiver.key]]\nname = 'x'\n", settings.MaxReceiverKeys) + "[dead_man]", "receiver.key.name: at most 64 keys"},
@@ -242,6 +242,20 @@ func TestMistakes(t *testing.T) {
 				t.Errorf("not one clean line: %v", err)
 			}
 		})
+	}
+}
+
+func TestDurationsReadBack(t *testing.T) {
+	for text, want := range map[string]string{
+		"30h": "30h", "90m": "1h30m", "8d": "192h", "1h0m5s": "1h0m5s", "10m": "10m", "0s": "0s", "1m30s": "1m30s", "250ms": "250ms", "100m0s": "1h40m",
+	} {
+		var d, again settings.Duration
+		if err := d.UnmarshalText([]byte(text)); err != nil || d.String() != want {
+			t.Errorf("%s is written %s, %v; want %s", text, d, err, want)
+		}
+		if err := again.UnmarshalText([]byte(d.String())); err != nil || again != d {
+			t.Errorf("%s is read back as %s, %v", d, again, err)
+		}
 	}
 }
 

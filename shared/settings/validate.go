@@ -91,11 +91,10 @@ func (a *Appliance) validateVPN(v *validator) {
 func (a *Appliance) validateDisk(v *validator) {
 	d := a.Disk
 	v.check(IsLUKSUUID(d.LUKS), "disk", "luks_uuid", 0, "%q is not a LUKS UUID: farkeep-image disk prints it, and so does cryptsetup luksUUID", d.LUKS)
-	r := d.Relay
-	v.check(r.Driver == "none" || r.Driver == "gpio", "disk.relay", "driver", 0, "%q is neither gpio nor none", r.Driver)
-	v.check(r.Active == "high" || r.Active == "low", "disk.relay", "active", 0, "%q is neither high nor low", r.Active)
-	v.check(r.Line >= 0 && r.Line <= 57, "disk.relay", "line", 0, "%d is not a GPIO line (0 to 57)", r.Line)
-	v.check(d.Window.Length.Std() <= 24*time.Hour, "disk.window", "length", 0, "%v is longer than a day", d.Window.Length)
+	key, text := d.Relay.Mistake()
+	v.check(key == "", "disk.relay", key, 0, "%s", text)
+	key, text = d.Window.Mistake()
+	v.check(key == "", "disk.window", key, 0, "%s", text)
 	v.check(d.IdleClose.Std() >= time.Second, "disk", "idle_close", 0, "%v is shorter than 1s", d.IdleClose)
 }
 
@@ -121,11 +120,8 @@ func (a *Appliance) validateReceiver(v *validator) {
 }
 
 func (a *Appliance) validateAlarms(v *validator) {
-	d := a.DeadMan
-	v.check(d.HeartbeatAge.Std() >= time.Second, "dead_man", "heartbeat_age", 0, "%v is shorter than 1s", d.HeartbeatAge)
-	v.check(d.ReminderInterval.Std() >= time.Second, "dead_man", "reminder_interval", 0, "%v is shorter than 1s", d.ReminderInterval)
-	v.check(d.CheckInterval.Std() >= time.Second, "dead_man", "check_interval", 0, "%v is shorter than 1s", d.CheckInterval)
-	v.check(d.DiskFullPercent >= 1 && d.DiskFullPercent <= 100, "dead_man", "disk_full_percent", 0, "%d is not between 1 and 100", d.DiskFullPercent)
+	key, text := a.DeadMan.Mistake()
+	v.check(key == "", "dead_man", key, 0, "%s", text)
 
 	m := a.Mail
 	v.hostPort(m.Server, "mail", "server", 0)

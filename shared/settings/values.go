@@ -1,10 +1,13 @@
 package settings
 
 import (
+	"fmt"
 	"net"
 	"net/mail"
 	"regexp"
 	"strconv"
+	"strings"
+	"time"
 )
 
 var (
@@ -34,4 +37,52 @@ func IsHostPort(s string) bool {
 func IsMailAddress(s string) bool {
 	parsed, err := mail.ParseAddress(s)
 	return err == nil && parsed.Address == s
+}
+
+// Mistake returns the key of r that makes no sense and why, or "" and "".
+func (r Relay) Mistake() (key, text string) {
+	switch {
+	case r.Driver != "none" && r.Driver != "gpio":
+		return "driver", fmt.Sprintf("%q is neither gpio nor none", r.Driver)
+	case r.Active != "high" && r.Active != "low":
+		return "active", fmt.Sprintf("%q is neither high nor low", r.Active)
+	case r.Line < 0 || r.Line > 57:
+		return "line", fmt.Sprintf("%d is not a GPIO line (0 to 57)", r.Line)
+	case len(r.Chip) > 64:
+		return "chip", "the label of a GPIO chip has at most 64 characters"
+	}
+	return "", ""
+}
+
+// Mistake returns the key of w that makes no sense and why, or "" and "".
+func (w Window) Mistake() (key, text string) {
+	if w.Length.Std() > 24*time.Hour {
+		return "length", fmt.Sprintf("%v is longer than a day", w.Length)
+	}
+	return "", ""
+}
+
+// Mistake returns the key of d that makes no sense and why, or "" and "".
+func (d DeadMan) Mistake() (key, text string) {
+	for _, span := range []struct {
+		key   string
+		value Duration
+	}{
+		{"heartbeat_age", d.HeartbeatAge}, {"reminder_interval", d.ReminderInterval},
+		{"unreachable_after", d.UnreachableAfter}, {"check_interval", d.CheckInterval},
+	} {
+		if span.value.Std() < time.Second {
+			return span.key, fmt.Sprintf("%v is shorter than 1s", span.value)
+		}
+	}
+	if d.DiskFullPercent < 1 || d.DiskFullPercent > 100 {
+		return "disk_full_percent", fmt.Sprintf("%d is not between 1 and 100", d.DiskFullPercent)
+	}
+	return "", ""
+}
+
+// IsRepository reports whether s may name a repository: it becomes a folder on
+// the appliance's disk.
+func IsRepository(s string) bool {
+	return !strings.HasSuffix(s, "*") && repositoryPattern.MatchString(s)
 }

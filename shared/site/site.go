@@ -2,11 +2,14 @@
 //
 // It holds names, addresses, public keys and policies, and no secret: it may be
 // copied, printed and kept in version control. farkeep-image makes and extends
-// it, farkeep-pusher and farkeep-keyserver read it.
+// it ([Document], which leaves a person's own lines and comments alone),
+// farkeep-pusher and farkeep-keyserver read it ([Read]).
 package site
 
 import (
 	"net/netip"
+	"strings"
+	"time"
 
 	"farkeep/shared/settings"
 	"farkeep/shared/tomlfile"
@@ -17,6 +20,7 @@ type Site struct {
 	Name         string       `toml:"name"`
 	VPN          VPN          `toml:"vpn"`
 	Home         Home         `toml:"home"`
+	Operator     Operator     `toml:"operator"`
 	KeyServers   []KeyServer  `toml:"key_server"`
 	Appliances   []Appliance  `toml:"appliance"`
 	Repositories []Repository `toml:"repository"`
@@ -30,8 +34,9 @@ type Site struct {
 
 // VPN is the WireGuard network between home and its appliances.
 type VPN struct {
-	Network   netip.Prefix `toml:"network"`   // for instance 10.77.0.0/24
-	Endpoints []string     `toml:"endpoints"` // home, as seen from outside and from its own LAN; host:port
+	Network    netip.Prefix `toml:"network"`     // for instance 10.77.0.0/24
+	ListenPort int          `toml:"listen_port"` // home's UDP port; default 51820
+	Endpoints  []string     `toml:"endpoints"`   // home, as seen from outside and from its own LAN; host:port
 }
 
 // Home is the Borg server.
@@ -40,6 +45,12 @@ type Home struct {
 	VPNAddress netip.Addr `toml:"vpn_address"`
 	VPNKey     string     `toml:"vpn_key"`  // WireGuard public key
 	PushKey    string     `toml:"push_key"` // the pusher's SSH public key
+}
+
+// Operator is the person. The private halves never lie at home.
+type Operator struct {
+	AdminKey   string `toml:"admin_key"`   // SSH public key; "" for none
+	RestoreKey string `toml:"restore_key"` // SSH public key that may read generations; "" for none
 }
 
 // KeyServer is one key server of the site.
@@ -61,6 +72,15 @@ type Appliance struct {
 	LUKS       string          `toml:"luks_uuid"`  // "" until its disk is prepared
 	Relay      settings.Relay  `toml:"relay"`
 	Window     settings.Window `toml:"window"`
+	KeyPolicy  KeyPolicy       `toml:"key_policy"`
+}
+
+// KeyPolicy is the standing rule by which key servers give an appliance its
+// key. That an appliance is revoked is no rule but an event: each key server
+// keeps it in its own state.
+type KeyPolicy struct {
+	Source     string `toml:"source"`       // "any" (default), or "vpn": from the appliance's VPN address only
+	KeysPerDay int    `toml:"keys_per_day"` // in any 24 hours; default 48
 }
 
 // Repository is one named directory tree to mirror.
@@ -104,7 +124,7 @@ type Mail struct {
 	RootCA string   `toml:"root_ca"`
 }
 
-// DeadMan overrides the appliances' alarm thresholds; zero keeps the default.
+// DeadMan sets the appliances' alarm thresholds; what is not named keeps its default.
 type DeadMan = settings.DeadMan
 
 // Clock names the time sources of the appliances.
@@ -112,12 +132,71 @@ type Clock = settings.Clock
 
 // Read reads and validates the file at path.
 func Read(path string) (*Site, error) {
-	s := &Site{}
-	if err := tomlfile.Read(path, s); err != nil {
+	text, err := tomlfile.ReadText(path)
+	if err != nil {
 		return nil, err
 	}
-	if err := s.validate(path); err != nil {
+	return Parse(path, text)
+}
+
+// Parse validates a site.toml; name stands for it in errors, which are of type
+// *tomlfile.Error.
+func Parse(name string, text []byte) (*Site, error) {
+	// Before the file is read, so that an explicit 0 stays 0.
+	s := &Site{DeadMan: settings.DefaultDeadMan()}
+	if err := tomlfile.Parse(name, text, s); err != nil {
 		return nil, err
+	}
+	s.SetDefaults()
+	v := validator{file: name, text: text}
+	s.validate(&v)
+	if v.err != nil {
+		return nil, v.err
 	}
 	return s, nil
+}
+
+// Appliance finds an appliance by its name.
+func (s *Site) Appliance(name string) (*Appliance, bool) {
+	for i := range s.Appliances {
+		if s.Appliances[i].Name == name {
+			return &s.Appliances[i], true
+		}
+	}
+	return nil, false
+}
+
+// SetDefaults fills in what a file may leave out, in a Site that was not read
+// from one.
+func (s *Site) SetDefaults() {
+	setDefault(&s.VPN.ListenPort, 51820)
+	setDefault(&s.Push.LockWait, settings.Duration(time.Hour))
+	setDefault(&s.Push.WakeWait, settings.Duration(10*time.Minute))
+	for i := range s.Appliances {
+		s.Appliances[i].SetDefaults()
+	}
+	if s.Mail.TLS == "" && s.Mail.Server != "" {
+		s.Mail.TLS = "starttls"
+		if strings.HasSuffix(s.Mail.Server, ":465") {
+			s.Mail.TLS = "implicit"
+		}
+	}
+}
+
+// SetDefaults fills in what a file may leave out.
+func (a *Appliance) SetDefaults() {
+	setDefault(&a.Relay.Driver, "none")
+	setDefault(&a.Relay.Active, "high")
+	setDefault(&a.KeyPolicy.Source, "any")
+	setDefault(&a.KeyPolicy.KeysPerDay, 48)
+	if a.Address == "" && a.VPNAddress.IsValid() {
+		a.Address = netip.AddrPortFrom(a.VPNAddress, 22).String()
+	}
+}
+
+func setDefault[T comparable](p *T, value T) {
+	var zero T
+	if *p == zero {
+		*p = value
+	}
 }

@@ -45,16 +45,26 @@ func (e *Error) Error() string {
 
 // Read reads path into v, a pointer to a struct with toml tags.
 func Read(path string, v any) error {
-	f, err := os.Open(path)
+	text, err := ReadText(path)
 	if err != nil {
 		return err
+	}
+	return Parse(path, text, v)
+}
+
+// ReadText reads the text of a configuration file for Parse, which refuses one
+// that is larger than MaxSize.
+func ReadText(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
 	if err != nil {
-		return fmt.Errorf("read %s: %w", path, err)
+		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
-	return Parse(path, text, v)
+	return text, nil
 }
 
 // Parse reads text into v; name stands for the file in errors, all of which are
