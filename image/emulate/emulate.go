@@ -254,10 +254,10 @@ func (p *Pi) live() {
 		p.update(func() { p.attached, p.closed = false, false })
 		ending := r.ending()
 		switch {
+		case p.ctx.Err() != nil: // which explains any other error
+			ending, err = PowerCut, nil
 		case err != nil:
 			ending = Crashed
-		case p.ctx.Err() != nil:
-			ending = PowerCut
 		case ending == Crashed:
 			err = r.failure()
 		case ending == GuestReset && p.cfg.FollowRestarts:

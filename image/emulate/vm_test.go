@@ -5,25 +5,21 @@ package emulate_test
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"farkeep/image/build"
+	"farkeep/image/debian"
 	"farkeep/image/emulate"
-	"farkeep/image/fat"
-	"farkeep/image/initramfs"
-	"farkeep/image/kmodules"
-	"farkeep/shared/card"
 )
 
 // mark is how the test's USB disk begins.
@@ -43,8 +39,8 @@ func TestRelaySwitchesDisk(t *testing.T) {
 			steps  string
 			events []bool
 		}{
-			{"active high", emulate.Relay{Line: line}, "low,pause:100,nodisk,high,disk,low,nodisk,high,disk,release,nodisk",
-				[]bool{true, false, true, false}},
+			{"active high", emulate.Relay{Line: line}, "low,pause:100,nodisk,high,disk,low,nodisk,high,disk",
+				[]bool{true, false, true}},
 			{"active low", emulate.Relay{Line: line, ActiveLow: true}, "high,pause:100,nodisk,low,disk,high,nodisk,off",
 				[]bool{true, false}},
 		} {
@@ -75,6 +71,17 @@ func TestRelaySwitchesDisk(t *testing.T) {
 			})
 		}
 	})
+}
+
+// A line whose owner has died and that the kernel has let go of drives nothing, whatever level it had.
+func TestReleasedLineOpensRelay(t *testing.T) {
+	pi := boot(t, emulate.Config{
+		Machine: emulate.RaspberryPi3, Relay: emulate.Relay{Line: 17}, Append: "pinctrl_bcm2835.persist_gpio_outputs=N",
+	}, 17, "high,disk,release,nodisk")
+	wait(t, pi, "guest: done 4 nodisk")
+	if err := pi.WaitDisk(t.Context(), false); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestDiskWithoutRelay(t *testing.T) {
@@ -152,7 +159,7 @@ func TestRestarts(t *testing.T) {
 			t.Fatal(err)
 		}
 		pi.Mark()
-		wait(t, pi, "guest: done disk")
+		wait(t, pi, "guest: done 2 disk")
 
 		cfg.FollowRestarts = false
 		if err := pi.CutPower(); err != nil {
@@ -165,14 +172,18 @@ func TestRestarts(t *testing.T) {
 	})
 }
 
-// boot makes an image whose guest does steps, and a disk, and starts a machine with them.
+// boot copies the image, makes a disk, and starts a machine whose guest does steps.
 func boot(t *testing.T, cfg emulate.Config, line int, steps string) *emulate.Pi {
 	t.Helper()
-	cfg.Image = makeImage(t, fmt.Sprintf("quiet cryptomgr.notests guest.line=%d guest.steps=%s", line, steps))
-	cfg.Disk = filepath.Join(t.TempDir(), "usb.img")
+	dir := t.TempDir()
+	cfg.Image, cfg.Disk = filepath.Join(dir, "sd.img"), filepath.Join(dir, "usb.img")
+	if out, err := exec.Command("cp", "--sparse=always", image(t), cfg.Image).CombinedOutput(); err != nil {
+		t.Fatalf("copy the image: %v: %s", err, out)
+	}
 	if err := os.WriteFile(cfg.Disk, append([]byte(mark), make([]byte, 1<<20-len(mark))...), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	cfg.Append = fmt.Sprintf("%s guest.line=%d guest.steps=%s", cfg.Append, line, steps)
 	return start(t, cfg)
 }
 
@@ -226,125 +237,56 @@ func contains(t *testing.T, file, text string) bool {
 	}
 }
 
-// makeImage makes a card with a selector that chooses slot A, whose initramfs is the guest program.
-func makeImage(t *testing.T, commandLine string) string {
+// image builds, once, an image as it would be flashed, with the guest program in the appliance's place.
+func image(t *testing.T) string {
 	t.Helper()
-	kernel, deviceTree, archive := bootFiles(t)
-	image := filepath.Join(t.TempDir(), "sd.img")
-	f, err := os.Create(image)
-	if err != nil {
-		t.Fatal(err)
+	built.Do(func() { built.path, built.err = buildImage(t.Context()) })
+	if built.err != nil {
+		t.Fatal(built.err)
 	}
-	defer f.Close()
-	if err := f.Truncate(card.TotalSize); err != nil {
-		t.Fatal(err)
-	}
-	mbr := make([]byte, 512)
-	mbr[510], mbr[511] = 0x55, 0xaa
-	for _, p := range card.Partitions() {
-		entry := mbr[446+16*(p.Number-1):]
-		entry[4] = p.Type
-		binary.LittleEndian.PutUint32(entry[8:], uint32(p.Start/512))
-		binary.LittleEndian.PutUint32(entry[12:], uint32(p.Size/512))
-		var files []fat.File
-		switch p.Number {
-		case card.Selector:
-			files = []fat.File{{Name: card.AutobootFile, Data: card.AutobootConfig(card.A)}}
-		case card.SlotA:
-			files = []fat.File{
-				{Name: card.ConfigFile, Data: []byte("arm_64bit=1\nupstream_kernel=1\nkernel=vmlinuz\ninitramfs initramfs.zst followkernel\n")},
-				{Name: card.CmdlineFile, Data: []byte(commandLine + "\n")},
-				{Name: card.KernelFile, Data: kernel},
-				{Name: card.InitramfsFile, Data: archive},
-				{Name: "bcm2837-rpi-3-b.dtb", Data: deviceTree},
-			}
-		default:
-			continue
-		}
-		v := fat.Volume{Label: p.Label, Time: time.Unix(1e9, 0), Size: p.Size, Offset: p.Start}
-		if err := fat.Format(offsetWriter{f, p.Start}, v, files); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := f.WriteAt(mbr, 0); err != nil {
-		t.Fatal(err)
-	}
-	return image
+	return built.path
 }
 
-type offsetWriter struct {
-	f      *os.File
-	offset int64
+var built struct {
+	sync.Once
+	dir, path string
+	err       error
 }
 
-func (w offsetWriter) WriteAt(b []byte, at int64) (int, error) { return w.f.WriteAt(b, w.offset+at) }
+func TestMain(m *testing.M) {
+	code := m.Run()
+	os.RemoveAll(built.dir)
+	os.Exit(code)
+}
 
-// bootFiles builds the guest program into an initramfs with the modules that it needs.
-func bootFiles(t *testing.T) (kernel, deviceTree, archive []byte) {
-	t.Helper()
-	root := os.DirFS(os.Getenv("FARKEEP_TEST_KERNEL"))
-	read := func(pattern string) []byte {
-		t.Helper()
-		m, err := fs.Glob(root, pattern)
-		if err != nil || len(m) != 1 {
-			t.Fatalf("%s: found %q, %v", pattern, m, err)
-		}
-		b, err := fs.ReadFile(root, m[0])
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}
-	kernel = read("boot/vmlinuz-*")
-	deviceTree = read("usr/lib/linux-image-*/broadcom/bcm2837-rpi-3-b.dtb")
-
-	binary := filepath.Join(t.TempDir(), "guest")
-	build := exec.Command("go", "build", "-o", binary, "farkeep/image/emulate/internal/guest")
-	build.Env = append(os.Environ(), "GOOS=linux", "GOARCH=arm64", "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", build, err, out)
-	}
-	program, err := os.ReadFile(binary)
+func buildImage(ctx context.Context) (string, error) {
+	dir, err := os.MkdirTemp("", "farkeep-emulate-test-")
 	if err != nil {
-		t.Fatal(err)
+		return "", err
 	}
-
-	versions, err := fs.Glob(root, "usr/lib/modules/*")
-	if err != nil || len(versions) != 1 {
-		t.Fatalf("kernel versions: %q, %v", versions, err)
+	built.dir = dir
+	guest := filepath.Join(dir, "guest")
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", guest, "farkeep/image/emulate/internal/guest")
+	cmd.Env = append(os.Environ(), "GOOS=linux", "GOARCH=arm64", "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%v: %w\n%s", cmd, err, out)
 	}
-	dir, err := fs.Sub(root, versions[0])
+	cache, err := os.UserCacheDir()
 	if err != nil {
-		t.Fatal(err)
+		return "", err
 	}
-	index, err := kmodules.Load(dir)
-	if err != nil {
-		t.Fatal(err)
+	o := build.Options{
+		Appliance: guest,
+		Out:       filepath.Join(dir, "sd.img"),
+		Cache:     filepath.Join(cache, "farkeep"),
+		Mirror:    debian.Mirror{Archive: os.Getenv("FARKEEP_APT_MIRROR")},
+		Log:       slog.New(slog.DiscardHandler),
 	}
-	modules, err := index.Closure([]string{"phy_generic", "bcm2835_rng", "bcm2835_wdt", "bcm2835", "dwc2", "usb_storage", "sd_mod",
-		"virtio_blk", "xhci_pci", "mmc_block"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	reduced, err := index.Files(modules)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var tree initramfs.Tree
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
+	if o.Mirror.Archive == "" {
+		if o.Mirror, err = debian.FindMirror(os.DirFS("/etc/apt")); err != nil {
+			return "", err
 		}
 	}
-	must(tree.File("init", 0o755, program))
-	must(tree.Char("dev/console", 0o600, 5, 1))
-	for _, f := range reduced {
-		if strings.HasSuffix(f.Path, ".ko") {
-			must(tree.File("modules/"+path.Base(f.Path), 0o644, f.Data))
-		}
-	}
-	archive, err = tree.Compress(time.Unix(1e9, 0))
-	must(err)
-	return kernel, deviceTree, archive
+	_, err = build.Build(ctx, o)
+	return o.Out, err
 }

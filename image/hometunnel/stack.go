@@ -79,7 +79,8 @@ func newStack(address netip.Addr) (*stackTUN, error) {
 		return nil, errors.New(err.String())
 	}
 	t.stack.AddRoute(tcpip.Route{Destination: everywhere, NIC: nic})
-	t.events <- tun.EventUp
+	// No EventUp: Start brings the device up, and a second attempt beside it would take another port if the
+	// first one found the wanted port taken.
 	return t, nil
 }
 

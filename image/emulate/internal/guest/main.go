@@ -38,7 +38,9 @@ func main() {
 		say("error: %v", err)
 		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	}
-	select {}
+	for {
+		time.Sleep(time.Hour)
+	}
 }
 
 func say(format string, args ...any) { fmt.Printf("guest: "+format+"\n", args...) }
@@ -52,7 +54,7 @@ func run() error {
 			return fmt.Errorf("mount %s: %w", m.dir, err)
 		}
 	}
-	if err := loadModules("/modules"); err != nil {
+	if err := loadModules(); err != nil {
 		return err
 	}
 	b, err := os.ReadFile("/proc/cmdline")
@@ -130,6 +132,7 @@ func do(g *gpio, step string) error {
 			return err
 		}
 		// Left open, because closing a block device for the last time writes it back.
+		left = append(left, f)
 		_, err = f.WriteString(arg)
 		return err
 	case "pause":
@@ -149,6 +152,9 @@ func do(g *gpio, step string) error {
 	}
 	return nil
 }
+
+// left are files that stay open to the end.
+var left []*os.File
 
 // wait returns the last part of the first path that matches pattern, once one does, or once none does.
 func wait(pattern string, there bool) string {
@@ -175,34 +181,56 @@ func openDisk(name string) (*os.File, error) {
 	}
 }
 
-// loadModules loads every module in dir, in whatever order their symbols allow.
-func loadModules(dir string) error {
-	left, err := filepath.Glob(dir + "/*.ko")
+// modules are what the steps need: USB and its disks, the card, power-off.
+var modules = []string{"phy_generic", "bcm2835_rng", "bcm2835_wdt", "bcm2835", "dwc2", "usb_storage", "sd_mod",
+	"mmc_block", "virtio_blk", "xhci_pci"}
+
+// loadModules loads modules, each after those that modules.dep names for it.
+func loadModules() error {
+	lists, err := filepath.Glob("/lib/modules/*/modules.dep")
+	if err != nil || len(lists) != 1 {
+		return fmt.Errorf("find modules.dep: %q, %v", lists, err)
+	}
+	b, err := os.ReadFile(lists[0])
 	if err != nil {
 		return err
 	}
-	for len(left) > 0 {
-		var again []string
-		var last error
-		for _, path := range left {
-			f, err := os.Open(path)
-			if err != nil {
+	paths, needs := map[string]string{}, map[string][]string{}
+	name := func(path string) string {
+		return strings.ReplaceAll(strings.TrimSuffix(filepath.Base(path), ".ko"), "-", "_")
+	}
+	for line := range strings.Lines(string(b)) {
+		path, rest, _ := strings.Cut(line, ":")
+		paths[name(path)] = filepath.Join(filepath.Dir(lists[0]), path)
+		needs[name(path)] = strings.Fields(rest)
+	}
+	var load func(module string) error
+	load = func(module string) error {
+		path, ok := paths[module]
+		if !ok {
+			return nil // loaded, or built in
+		}
+		delete(paths, module)
+		for _, need := range needs[module] {
+			if err := load(name(need)); err != nil {
 				return err
 			}
-			err = unix.FinitModule(int(f.Fd()), "", 0)
-			f.Close()
-			switch {
-			case err == nil, errors.Is(err, unix.EEXIST), errors.Is(err, unix.ENODEV):
-			case errors.Is(err, unix.ENOENT): // a symbol that another module brings
-				again, last = append(again, path), fmt.Errorf("load %s: %w", path, err)
-			default:
-				return fmt.Errorf("load %s: %w", path, err)
-			}
 		}
-		if len(again) == len(left) {
-			return last
+		f, err := os.Open(path)
+		if err != nil {
+			return err
 		}
-		left = again
+		defer f.Close()
+		err = unix.FinitModule(int(f.Fd()), "", 0)
+		if err != nil && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("load %s: %w", path, err)
+		}
+		return nil
+	}
+	for _, module := range modules {
+		if err := load(module); err != nil {
+			return err
+		}
 	}
 	return nil
 }
