@@ -1,8 +1,23 @@
 package generations
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"sync"
 	"time"
+
+	"farkeep/shared/beneath"
+	"farkeep/shared/tomlfile"
+
+	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 )
 
 // Owner is who the files shall belong to.
@@ -14,16 +29,369 @@ type Options struct {
 	// with the process. It needs root; it is how a disk that is filled at home
 	// belongs to the appliance's keeper.
 	Owner *Owner
-	// Shared lets every user of the machine read the generations (mode 0755 on the
-	// store's top folders instead of 0700). The appliance wants it: its receiver
-	// reads as another user.
+	// Shared lets every user of the machine read the generations (mode 0755 on
+	// the folder of generations instead of 0700). The appliance wants it: its
+	// receiver reads as another user.
 	Shared bool
 	// Reserve is how many bytes of the file system pushes leave free. 0 means a
-	// fiftieth of it, at least 64 MiB and at most 4 GiB.
+	// fiftieth of it, 4 GiB at most.
 	Reserve int64
 	// Now is the clock; nil means time.Now. ClockSet says whether it is known to
 	// be right; nil means yes.
 	Now      func() time.Time
 	ClockSet func() bool
 	Log      *slog.Logger // nil discards
+}
+
+// maxReserve bounds the reserve that Options.Reserve 0 stands for.
+const maxReserve = 4 << 30
+
+// maxLinks is ext4's EXT4_LINK_MAX; file systems that allow fewer say EMLINK.
+const maxLinks = 65000
+
+// maxTOML bounds generation.toml and push.toml, in bytes.
+const maxTOML = 64 << 10
+
+const (
+	sequenceFile = ".sequence"
+	privatePerm  = 0o700
+	sharedPerm   = 0o755
+)
+
+const readme = `This disk holds backups made by Farkeep: generations of directory trees, most of
+them Borg repositories. Nothing but a Linux machine is needed to read them.
+
+  generations/<repository>/<number>-<UTC time>/
+      files/           the repository as it was at that time
+      SUMS.b2          checksums; inside that folder run:  b2sum -l 256 -c --quiet SUMS.b2
+      generation.toml  when it was made, and from what
+      MANIFEST         the same list for Farkeep itself, with original modes and times
+
+The highest number is the newest. If generation.toml says suspect = true, something
+was odd about it: look at the one before as well.
+
+To use a Borg repository, copy its "files" folder to a disk with room and make the
+copy yours and writable (the original stays as it is):
+
+  cp -r generations/<repository>/<number>-<UTC time>/files ~/repository
+  chmod -R u+rwX ~/repository
+  borg list ~/repository
+  borg extract ~/repository::<archive>
+
+Borg may ask about a repository that "was previously located" elsewhere; that is
+expected for a copy. The repository's own passphrase or key is needed, and is not on
+this disk.
+
+Nothing in generations/ should ever be changed. incoming/ holds uploads that were
+not finished; it may be deleted.
+`
+
+// Store is a folder of generations. Its methods are safe for concurrent use.
+type Store struct {
+	root, generations, incoming *beneath.Dir
+	opt                         Options
+
+	mu       sync.Mutex // guards the fields below
+	known    map[string]map[string]Generation
+	promised map[*Transaction]int64 // bytes that pushes under way may still write
+}
+
+// Open opens the store in the folder at path, which must exist, and makes what is
+// not there yet of its layout.
+func Open(path string, opt Options) (*Store, error) {
+	if opt.Now == nil {
+		opt.Now = time.Now
+	}
+	if opt.ClockSet == nil {
+		opt.ClockSet = func() bool { return true }
+	}
+	if opt.Log == nil {
+		opt.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}}
+	if err := s.open(path); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("open store of generations: %w", err)
+	}
+	return s, nil
+}
+
+func (s *Store) open(path string) (err error) {
+	if s.root, err = beneath.Open(path); err != nil {
+		return err
+	}
+	perm := uint32(privatePerm)
+	if s.opt.Shared {
+		perm = sharedPerm
+	}
+	if s.generations, err = s.makeDir(s.root, GenerationsFolder, perm); err != nil {
+		return err
+	}
+	if st, err := s.generations.StatSelf(); err == nil && s.opt.Shared && st.Mode&0o777 != perm {
+		// A disk that was filled at home opens up when it arrives.
+		if err := s.root.Chmod(GenerationsFolder, perm); err != nil {
+			return err
+		}
+	}
+	if s.incoming, err = s.makeDir(s.root, IncomingFolder, privatePerm); err != nil {
+		return err
+	}
+	beats, err := s.makeDir(s.root, HeartbeatFolder, sharedPerm)
+	if err != nil {
+		return err
+	}
+	beats.Close()
+	if _, err := s.root.Stat(ReadmeFile); errors.Is(err, fs.ErrNotExist) {
+		return s.writeFile(s.root, ReadmeFile, []byte(readme), 0o644)
+	}
+	return nil
+}
+
+// Close closes the store. Transactions must have been closed before.
+func (s *Store) Close() error {
+	return errors.Join(s.incoming.Close(), s.generations.Close(), s.root.Close())
+}
+
+// Space says what the disk has left, the reserve not counted.
+func (s *Store) Space() (free, reserve, total int64, err error) {
+	sp, err := s.root.Space()
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	reserve = s.opt.Reserve
+	if reserve == 0 {
+		reserve = min(sp.Total/50, maxReserve)
+	}
+	return max(sp.Free-reserve, 0), reserve, sp.Total, nil
+}
+
+// Heartbeat records on the disk when host last said that all is well. host is
+// named by the rule of repositories.
+func (s *Store) Heartbeat(host string, at time.Time, text string) error {
+	if err := CheckRepository(host); err != nil {
+		return fmt.Errorf("heartbeat: %w", err)
+	}
+	beats, err := s.root.Dir(HeartbeatFolder)
+	if err != nil {
+		return err
+	}
+	defer beats.Close()
+	return s.writeFile(beats, host+"-last-success", []byte(at.UTC().Format(time.RFC3339)+"\n"+text), 0o644)
+}
+
+// Repositories lists the repositories that have a folder here, sorted.
+func (s *Store) Repositories() ([]string, error) {
+	var names []string
+	err := s.generations.Each(func(e fs.DirEntry) error {
+		if e.IsDir() && CheckRepository(e.Name()) == nil {
+			names = append(names, e.Name())
+		}
+		return nil
+	})
+	slices.Sort(names)
+	return names, err
+}
+
+// List returns the generations of a repository, oldest first; none is no error.
+// A generation whose generation.toml cannot be read is listed with its name and
+// sequence alone and Format 0.
+func (s *Store) List(repository string) ([]Generation, error) {
+	if err := CheckRepository(repository); err != nil {
+		return nil, err
+	}
+	dir, err := s.generations.Dir(repository)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	var list []Generation
+	err = dir.Each(func(e fs.DirEntry) error {
+		if _, _, err := ParseName(e.Name()); err != nil {
+			return nil
+		}
+		list = append(list, s.generation(dir, repository, e.Name()))
+		return nil
+	})
+	slices.SortFunc(list, func(a, b Generation) int {
+		if a.Sequence != b.Sequence {
+			return int(min(max(a.Sequence-b.Sequence, -1), 1))
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+	return list, err
+}
+
+// generation reads a generation.toml, once.
+func (s *Store) generation(dir *beneath.Dir, repository, name string) Generation {
+	s.mu.Lock()
+	g, ok := s.known[repository][name]
+	s.mu.Unlock()
+	if ok {
+		return g
+	}
+	g, err := readGeneration(dir, repository, name)
+	if err != nil {
+		s.opt.Log.Error("a generation cannot be read", "repository", repository, "generation", name, "err", err)
+		return g
+	}
+	s.remember(g)
+	return g
+}
+
+func (s *Store) remember(g Generation) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.known[g.Repository] == nil {
+		s.known[g.Repository] = map[string]Generation{}
+	}
+	s.known[g.Repository][g.Name] = g
+}
+
+func readGeneration(dir *beneath.Dir, repository, name string) (Generation, error) {
+	sequence, committed, err := ParseName(name)
+	bare := Generation{Name: name, Repository: repository, Sequence: sequence, Committed: committed}
+	if err != nil {
+		return bare, err
+	}
+	folder, err := dir.Dir(name)
+	if err != nil {
+		return bare, err
+	}
+	defer folder.Close()
+	text, err := folder.ReadFile(TOMLFile, maxTOML)
+	if err != nil {
+		return bare, err
+	}
+	g := Generation{Name: name}
+	if err := tomlfile.Parse(TOMLFile, text, &g); err != nil {
+		return bare, err
+	}
+	if g.Format != 1 || g.Repository != repository || g.Sequence != sequence {
+		return bare, fmt.Errorf("%w: %s says format %d, repository %q, sequence %d", ErrDamaged, TOMLFile, g.Format, g.Repository, g.Sequence)
+	}
+	return g, nil
+}
+
+// Newest returns the newest generation that can be read, suspect or not, or an
+// error that wraps ErrNone.
+func (s *Store) Newest(repository string) (Generation, error) {
+	list, err := s.List(repository)
+	if err != nil {
+		return Generation{}, err
+	}
+	for _, g := range slices.Backward(list) {
+		if g.Format != 0 {
+			return g, nil
+		}
+	}
+	return Generation{}, fmt.Errorf("%s: %w", repository, ErrNone)
+}
+
+// Generation returns one generation by its name.
+func (s *Store) Generation(repository, name string) (Generation, error) {
+	list, err := s.List(repository)
+	if err != nil {
+		return Generation{}, err
+	}
+	for _, g := range list {
+		if g.Name == name {
+			return g, nil
+		}
+	}
+	return Generation{}, fmt.Errorf("%s has no generation %.64q", repository, name)
+}
+
+// stored is how much of a key's quota is used: the bytes of its generations that
+// are not shared with the generation before, and what its pushes under way may
+// add, but for the one of repository except.
+func (s *Store) stored(ctx context.Context, pusher, except string) (bytes int64, err error) {
+	repositories, err := s.Repositories()
+	if err != nil {
+		return 0, err
+	}
+	for _, r := range repositories {
+		if ctx.Err() != nil {
+			return 0, ctx.Err()
+		}
+		list, err := s.List(r)
+		if err != nil {
+			return 0, err
+		}
+		for _, g := range list {
+			if g.Pusher == pusher {
+				bytes += g.NewBytes
+			}
+		}
+	}
+	err = s.incoming.Each(func(e fs.DirEntry) error {
+		if e.Name() == except || CheckRepository(e.Name()) != nil {
+			return nil
+		}
+		dir, err := s.incoming.Dir(e.Name())
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		if p, err := readPush(dir); err == nil && p.Pusher == pusher {
+			bytes += p.NewBytes
+		}
+		return nil
+	})
+	return bytes, err
+}
+
+// makeDir makes a folder and gives it to the owner, if it was not there.
+func (s *Store) makeDir(dir *beneath.Dir, name string, perm uint32) (*beneath.Dir, error) {
+	sub, made, err := dir.MakeDir(name, perm)
+	if err == nil && made && s.opt.Owner != nil {
+		if err = dir.Chown(name, s.opt.Owner.UID, s.opt.Owner.GID); err != nil {
+			sub.Close()
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return sub, nil
+}
+
+func (s *Store) own(f *os.File) error {
+	if s.opt.Owner == nil {
+		return nil
+	}
+	return f.Chown(s.opt.Owner.UID, s.opt.Owner.GID)
+}
+
+func (s *Store) writeFile(dir *beneath.Dir, name string, data []byte, perm uint32) error {
+	return dir.WriteFile(name, data, perm, s.own)
+}
+
+// create makes a new file; what had the name is replaced.
+func (s *Store) create(dir *beneath.Dir, name string, perm uint32) (*os.File, error) {
+	if err := dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	f, _, err := dir.OpenWrite(name, unix.O_CREAT|unix.O_EXCL, perm)
+	if err != nil {
+		return nil, err
+	}
+	err = f.Chmod(fs.FileMode(perm))
+	if err == nil {
+		err = s.own(f)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (s *Store) writeTOML(dir *beneath.Dir, name string, v any, perm uint32) error {
+	var text bytes.Buffer
+	if err := toml.NewEncoder(&text).Encode(v); err != nil {
+		return err
+	}
+	return s.writeFile(dir, name, text.Bytes(), perm)
 }

@@ -52,6 +52,8 @@ const (
 	MaxFileSize = 16 << 40 // ext4's own limit with 4 KiB blocks
 	MaxBytes    = 1 << 60
 	MaxMode     = 0o7777
+	// MaxEntry is the most bytes that one entry takes in the format.
+	MaxEntry = 1 + 2 + 2 + MaxPath + 2 + 10 + 7 + len(Sum{})
 )
 
 const (

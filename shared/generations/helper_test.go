@@ -1,0 +1,221 @@
+package generations_test
+
+import (
+	"bytes"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"farkeep/shared/generations"
+	"farkeep/shared/manifest"
+	"farkeep/shared/recipe"
+)
+
+// tree is a repository in memory: path to content; a nil content is a folder.
+type tree map[string]file
+
+type file struct {
+	folder  bool
+	mode    uint32
+	mtime   int64
+	content string
+}
+
+// add puts a file into the tree, with its folders.
+func (t tree) add(path, content string) tree {
+	t[path] = file{mode: 0o600, mtime: 1_600_000_000_123456789, content: content}
+	for dir := filepath.Dir(path); dir != "."; dir = filepath.Dir(dir) {
+		if _, ok := t[dir]; !ok {
+			t[dir] = file{folder: true, mode: 0o700}
+		}
+	}
+	return t
+}
+
+func (t tree) entries() []manifest.Entry {
+	var list []manifest.Entry
+	for path, f := range t {
+		e := manifest.Entry{Path: path, Kind: manifest.Folder, Mode: f.mode, MTime: f.mtime}
+		if !f.folder {
+			h := manifest.NewHash()
+			io.WriteString(h, f.content)
+			e.Kind, e.Size, e.Sum = manifest.File, int64(len(f.content)), manifest.SumOf(h)
+		}
+		list = append(list, e)
+	}
+	slices.SortFunc(list, func(a, b manifest.Entry) int { return manifest.ComparePaths(a.Path, b.Path) })
+	return list
+}
+
+func (t tree) manifest(tb testing.TB) ([]byte, generations.Header) {
+	tb.Helper()
+	var b bytes.Buffer
+	w := manifest.NewWriter(&b)
+	for _, e := range t.entries() {
+		if err := w.Add(e); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	s, err := w.Close()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return b.Bytes(), generations.HeaderOf(s, generations.KindTree, "")
+}
+
+// write sends the whole recipe of what answer asks for.
+func (t tree) write(w io.Writer, answer generations.Answer) error {
+	list := t.entries()
+	have := map[int64]int64{}
+	for _, p := range answer.Resume {
+		have[p.Index] = p.Have
+	}
+	e := recipe.NewEncoder(w)
+	for i := range answer.Missing.All() {
+		content := t[list[i].Path].content
+		if err := e.File(i); err != nil {
+			return err
+		}
+		if n := have[i]; n > 0 {
+			if err := e.Keep(n); err != nil {
+				return err
+			}
+			content = content[n:]
+		}
+		if _, err := io.WriteString(e, content); err != nil {
+			return err
+		}
+		if err := e.End(list[i].Sum); err != nil {
+			return err
+		}
+	}
+	return e.Close()
+}
+
+func (t tree) opener(tb testing.TB) (generations.Header, func() (io.ReadCloser, error)) {
+	data, h := t.manifest(tb)
+	return h, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+}
+
+// push pushes the tree as a pusher would, and returns the generation's name and
+// what was uploaded.
+func push(tb testing.TB, target generations.Target, repository string, t tree) (string, generations.Received) {
+	tb.Helper()
+	h, open := t.opener(tb)
+	answer, p, err := target.Offer(tb.Context(), repository, h, open)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if answer.Answer == generations.Same {
+		return answer.Generation, generations.Received{}
+	}
+	defer p.Close()
+	got, err := p.Upload(tb.Context(), func(w io.Writer) error { return t.write(w, answer) })
+	if err != nil {
+		tb.Fatal(err)
+	}
+	name, err := p.Commit(tb.Context())
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return name, got
+}
+
+func open(tb testing.TB, dir string, opt generations.Options) *generations.Store {
+	tb.Helper()
+	if opt.Reserve == 0 {
+		opt.Reserve = 1
+	}
+	s, err := generations.Open(dir, opt)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { s.Close() })
+	return s
+}
+
+// compare checks a generation from outside: the files are the tree's, byte for
+// byte, and b2sum agrees with SUMS.b2.
+func compare(tb testing.TB, dir, repository, name string, want tree) {
+	tb.Helper()
+	base := filepath.Join(dir, generations.GenerationsFolder, repository, name)
+	got := tree{}
+	root := filepath.Join(base, generations.FilesFolder)
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == root {
+			return err
+		}
+		rel, _ := filepath.Rel(root, path)
+		f := file{folder: d.IsDir()}
+		if !f.folder {
+			data, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			f.content = string(data)
+		}
+		got[rel] = f
+		return nil
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for path, f := range want {
+		if g, ok := got[path]; !ok || g.folder != f.folder || g.content != f.content {
+			tb.Errorf("%s/%s: %q is not as it was pushed (there: %v)", repository, name, path, ok)
+		}
+		delete(got, path)
+	}
+	for path := range got {
+		tb.Errorf("%s/%s: %q was never pushed", repository, name, path)
+	}
+	b2sum(tb, base)
+}
+
+func b2sum(tb testing.TB, base string) {
+	tb.Helper()
+	info, err := os.Stat(filepath.Join(base, generations.SumsFile))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if info.Size() == 0 {
+		return // b2sum calls an empty list an error
+	}
+	cmd := exec.Command("b2sum", "-l", "256", "--strict", "--quiet", "-c", generations.SumsFile)
+	cmd.Dir = base
+	if out, err := cmd.CombinedOutput(); err != nil {
+		tb.Errorf("b2sum (package coreutils) in %s: %v\n%s", base, err, out)
+	}
+}
+
+// noise is incompressible and repeatable.
+func noise(seed uint64, n int) string {
+	b := make([]byte, n)
+	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)})
+	r.Read(b)
+	return string(b)
+}
+
+func names(list []generations.Generation) string {
+	var s []string
+	for _, g := range list {
+		s = append(s, g.Name)
+	}
+	return strings.Join(s, " ")
+}
+
+func inodeOf(tb testing.TB, path string) uint64 {
+	tb.Helper()
+	info, err := os.Lstat(path)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return info.Sys().(*syscall.Stat_t).Ino
+}

@@ -1,0 +1,444 @@
+package generations
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"slices"
+
+	"farkeep/shared/beneath"
+	"farkeep/shared/manifest"
+)
+
+// plan compares what is offered with the newest generation and with what lies in
+// incoming/, and says what has to be uploaded. It removes from incoming/ what is
+// of no use any more.
+func (t *Transaction) plan(ctx context.Context) (Answer, error) {
+	list, err := t.store.List(t.req.Repository)
+	if err != nil {
+		return Answer{}, err
+	}
+	if err := t.readDistrust(); err != nil {
+		return Answer{}, err
+	}
+	// A generation whose own list is damaged is no base. The one before is, and
+	// costs more upload, but the push goes through.
+	for _, g := range slices.Backward(list) {
+		if g.Format == 0 {
+			continue
+		}
+		answer, err := t.planOn(ctx, g)
+		var side *manifest.SideError
+		if errors.As(err, &side) && side.Old || errors.Is(err, ErrDamaged) {
+			t.store.opt.Log.Error("a generation's list is damaged: planning without it", "repository", t.req.Repository, "generation", g.Name, "err", err)
+			continue
+		}
+		return answer, err
+	}
+	return t.planOn(ctx, Generation{})
+}
+
+func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, error) {
+	t.base = base
+	var old *manifest.Reader
+	if base.Name != "" {
+		dir, err := t.store.generations.Dir(t.req.Repository + "/" + base.Name)
+		if err != nil {
+			return Answer{}, err
+		}
+		defer dir.Close()
+		r, closer, err := t.openManifest(dir)
+		if err != nil {
+			return Answer{}, fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		defer closer.Close()
+		old = r
+	}
+	objects, err := t.dir.Dir(objectsFolder)
+	if err != nil {
+		return Answer{}, err
+	}
+	defer objects.Close()
+	there, err := listObjects(objects)
+	if err != nil {
+		return Answer{}, err
+	}
+	half, err := t.listBuilding()
+	if err != nil {
+		return Answer{}, err
+	}
+	new, closer, err := t.openManifest(t.dir)
+	if err != nil {
+		return Answer{}, err
+	}
+	defer closer.Close()
+
+	t.missing = manifest.NewSet(t.req.Header.Entries)
+	t.partials = map[manifest.Sum]int64{}
+	var cost cost
+	var newBytes int64
+	var finished []finishedFile
+	answer := Answer{Answer: Send, Push: t.id, Base: base.Name}
+	err = manifest.Diff(old, new, func(c manifest.Change) error {
+		if c.Relation == manifest.Gone {
+			return nil
+		}
+		if c.Index >= t.req.Header.Entries {
+			return ErrOffer
+		}
+		if c.Index%1024 == 0 && ctx.Err() != nil {
+			return ctx.Err()
+		}
+		e := &c.New
+		cost.entry(e)
+		switch {
+		case e.Kind == manifest.Folder:
+		case c.Relation == manifest.Unchanged && !t.distrusted[e.Sum]:
+			if filePerm(c.Old.Mode) != filePerm(e.Mode) {
+				cost.file(e.Size) // cannot share an inode: a copy
+			}
+		case there.use(objects, e):
+			newBytes += e.Size
+		default:
+			t.missing.Add(c.Index)
+			cost.file(e.Size)
+			newBytes += e.Size
+			have, ok := half[e.Sum]
+			switch {
+			case !ok:
+			case have == e.Size:
+				finished = append(finished, finishedFile{*e, c.Index})
+				delete(half, e.Sum)
+			case have < e.Size && have >= MinResume && len(answer.Resume) < MaxPartials:
+				answer.Resume = append(answer.Resume, Partial{Index: c.Index, Have: have})
+				t.partials[e.Sum] = have
+				cost.bytes -= have
+				answer.Bytes -= have
+				delete(half, e.Sum)
+			}
+			answer.Bytes += e.Size
+		}
+		return nil
+	})
+	if err != nil {
+		return Answer{}, err
+	}
+	if err := t.matches(new.Summary()); err != nil {
+		return Answer{}, err
+	}
+	if old != nil && old.Summary().Digest != base.Digest {
+		return Answer{}, fmt.Errorf("%w: the MANIFEST of %s is not the one that its %s names", ErrDamaged, base.Name, TOMLFile)
+	}
+	if err := t.dropUseless(objects, there, half); err != nil {
+		return Answer{}, err
+	}
+	if err := t.adopt(ctx, objects, finished, &answer); err != nil {
+		return Answer{}, err
+	}
+	if err := t.admit(ctx, &cost, newBytes); err != nil {
+		return Answer{}, err
+	}
+	if err := t.checkLinks(); err != nil {
+		return Answer{}, err
+	}
+	h := t.req.Header
+	p := incomingPush{Format: 1, Push: t.id, Pusher: t.req.Pusher, Digest: h.Digest, Entries: h.Entries, Bytes: h.Bytes, NewBytes: newBytes}
+	if err := t.store.writeTOML(t.dir, pushFile, p, 0o600); err != nil {
+		return Answer{}, err
+	}
+	answer.Need, answer.Missing = t.missing.Len(), t.missing
+	if base.Name != "" {
+		answer.BaseDigest = &base.Digest
+	}
+	t.state = planned
+	return answer, nil
+}
+
+// cost estimates what a push adds to the disk.
+type cost struct{ bytes, inodes int64 }
+
+const block = 4096
+
+func (c *cost) file(size int64) {
+	c.bytes += (size + block - 1) / block * block
+	c.inodes++
+}
+
+// entry counts what every entry costs in a generation, linked or not: its place
+// in a folder, and its lines in MANIFEST and SUMS.b2.
+func (c *cost) entry(e *manifest.Entry) {
+	c.bytes += 3*int64(len(e.Path)) + 160
+	if e.Kind == manifest.Folder {
+		c.bytes += block
+		c.inodes++
+	}
+}
+
+// admit checks quota and room, and takes note of what the push may write.
+func (t *Transaction) admit(ctx context.Context, c *cost, newBytes int64) error {
+	if t.req.Quota > 0 {
+		used, err := t.store.stored(ctx, t.req.Pusher, t.req.Repository)
+		if err != nil {
+			return err
+		}
+		if used+newBytes > t.req.Quota {
+			return &QuotaError{Key: t.req.Pusher, Quota: t.req.Quota, Used: used, Needs: newBytes}
+		}
+	}
+	free, reserve, _, err := t.store.Space()
+	if err != nil {
+		return err
+	}
+	space, err := t.store.root.Space()
+	if err != nil {
+		return err
+	}
+	t.store.mu.Lock()
+	defer t.store.mu.Unlock()
+	var others int64
+	for other, bytes := range t.store.promised {
+		if other != t {
+			others += bytes
+		}
+	}
+	if c.bytes+others > free {
+		return &SpaceError{What: "bytes", Needs: c.bytes + others, Has: free, Reserve: reserve}
+	}
+	if space.Inodes >= 0 && c.inodes+16 > space.Inodes {
+		return &SpaceError{What: "inodes", Needs: c.inodes + 16, Has: space.Inodes}
+	}
+	t.store.promised[t] = c.bytes
+	return nil
+}
+
+// wrote takes n bytes off what the push may still write.
+func (t *Transaction) wrote(n int64) {
+	t.store.mu.Lock()
+	defer t.store.mu.Unlock()
+	if left, ok := t.store.promised[t]; ok {
+		t.store.promised[t] = max(left-n, 0)
+	}
+}
+
+// checkLinks makes sure now, and not after a week of upload, that the file
+// system has hard links.
+func (t *Transaction) checkLinks() error {
+	const probe = ".links"
+	if err := t.dir.RemoveAll(probe); err != nil {
+		return err
+	}
+	if err := t.dir.Link(t.dir, ManifestFile, probe); err != nil {
+		return fmt.Errorf("this file system cannot hold generations, it has no hard links: %w", err)
+	}
+	return t.dir.Remove(probe)
+}
+
+// objectList is what lies in objects/, by the first 64 bits of the hash: a
+// million objects cost 8 MB and not 32. That two hashes share 64 bits is caught
+// by use, which asks for the whole name.
+type objectList struct {
+	keys   []uint64
+	wanted []bool
+}
+
+func listObjects(dir *beneath.Dir) (*objectList, error) {
+	l := &objectList{}
+	err := dir.Each(func(e fs.DirEntry) error {
+		sum, err := sumOfName(e.Name())
+		if err != nil {
+			return dir.RemoveAll(e.Name())
+		}
+		l.keys = append(l.keys, binary.BigEndian.Uint64(sum[:8]))
+		return nil
+	})
+	slices.Sort(l.keys)
+	l.wanted = make([]bool, len(l.keys))
+	return l, err
+}
+
+func (l *objectList) find(sum manifest.Sum) (int, bool) {
+	return slices.BinarySearch(l.keys, binary.BigEndian.Uint64(sum[:8]))
+}
+
+// use reports whether the object for e is there, and marks it as wanted.
+func (l *objectList) use(dir *beneath.Dir, e *manifest.Entry) bool {
+	i, ok := l.find(e.Sum)
+	if !ok || !regularOfSize(dir, e.Sum.String(), e.Size) {
+		return false
+	}
+	l.wanted[i] = true
+	return true
+}
+
+func sumOfName(name string) (sum manifest.Sum, err error) {
+	err = sum.UnmarshalText([]byte(name))
+	if err == nil && sum.String() != name {
+		err = errors.New("not in small letters")
+	}
+	return sum, err
+}
+
+// dropUseless removes complete and half-built files that the offer has no use for.
+func (t *Transaction) dropUseless(objects *beneath.Dir, there *objectList, half map[manifest.Sum]int64) error {
+	if slices.Contains(there.wanted, false) {
+		err := objects.Each(func(e fs.DirEntry) error {
+			sum, err := sumOfName(e.Name())
+			if err != nil {
+				return nil
+			}
+			if i, ok := there.find(sum); ok && there.wanted[i] {
+				return nil
+			}
+			return objects.RemoveAll(e.Name())
+		})
+		if err != nil {
+			return err
+		}
+	}
+	building, err := t.dir.Dir(buildingFolder)
+	if err != nil {
+		return err
+	}
+	defer building.Close()
+	for sum := range half {
+		if err := building.RemoveAll(sum.String()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// maxHalf bounds how many half-built files are considered: a batch that a power
+// cut caught between its sync and its renames, and what was cut.
+const maxHalf = 2*batchFiles + MaxPartials
+
+// listBuilding returns the half-built files and their sizes. Sizes are rounded
+// down: after a power cut the last piece of a file that was growing may be
+// wrong. Should more be wrong, the hash of the whole file finds it.
+func (t *Transaction) listBuilding() (map[manifest.Sum]int64, error) {
+	building, err := t.dir.Dir(buildingFolder)
+	if err != nil {
+		return nil, err
+	}
+	defer building.Close()
+	half := map[manifest.Sum]int64{}
+	err = building.Each(func(e fs.DirEntry) error {
+		sum, err := sumOfName(e.Name())
+		if err != nil || len(half) == maxHalf || !e.Type().IsRegular() {
+			return building.RemoveAll(e.Name())
+		}
+		st, err := building.Stat(e.Name())
+		half[sum] = st.Size
+		return err
+	})
+	return half, err
+}
+
+// finishedFile lies in building/ with its full size.
+type finishedFile struct {
+	manifest.Entry
+	index int64
+}
+
+// adopt takes files that were complete when the last push was cut, but not yet
+// filed: it hashes them again, and files them.
+func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []finishedFile, answer *Answer) error {
+	if len(files) == 0 {
+		return nil
+	}
+	building, err := t.dir.Dir(buildingFolder)
+	if err != nil {
+		return err
+	}
+	defer building.Close()
+	good := files[:0]
+	buf := make([]byte, 256<<10)
+	for _, f := range files {
+		name := f.Sum.String()
+		sum, err := hashFile(ctx, building, name, f.Size, buf)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil || sum != f.Sum {
+			if err := building.RemoveAll(name); err != nil {
+				return err
+			}
+			continue
+		}
+		good = append(good, f)
+	}
+	if err := t.dir.SyncFS(); err != nil {
+		return err
+	}
+	for _, f := range good {
+		if err := building.Rename(f.Sum.String(), objects, f.Sum.String()); err != nil {
+			return err
+		}
+		t.missing.Remove(f.index)
+		answer.Bytes -= f.Size
+	}
+	return nil
+}
+
+// hashFile hashes a regular file that must have that size.
+func hashFile(ctx context.Context, dir *beneath.Dir, path string, size int64, buf []byte) (manifest.Sum, error) {
+	f, st, err := dir.Open(path)
+	if err != nil {
+		return manifest.Sum{}, err
+	}
+	defer f.Close()
+	if st.Size != size {
+		return manifest.Sum{}, fmt.Errorf("%w: %s has %d bytes, not %d", ErrDamaged, f.Name(), st.Size, size)
+	}
+	h := manifest.NewHash()
+	for {
+		if ctx.Err() != nil {
+			return manifest.Sum{}, ctx.Err()
+		}
+		n, err := f.Read(buf)
+		h.Write(buf[:n])
+		if errors.Is(err, io.EOF) {
+			return manifest.SumOf(h), nil
+		}
+		if err != nil {
+			return manifest.Sum{}, err
+		}
+	}
+}
+
+// readDistrust loads the hashes that may not be linked from the base.
+func (t *Transaction) readDistrust() error {
+	t.distrusted = map[manifest.Sum]bool{}
+	data, err := t.dir.ReadFile(distrustFile, maxDistrust*65)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	for line := range bytes.Lines(data) {
+		sum, err := sumOfName(string(bytes.TrimSuffix(line, []byte("\n"))))
+		if err == nil {
+			t.distrusted[sum] = true
+		}
+	}
+	return nil
+}
+
+// distrust takes note that the base no longer holds the right bytes of e: the
+// next offer asks for them.
+func (t *Transaction) distrust(sums map[manifest.Sum]bool) error {
+	var text []byte
+	for sum := range sums {
+		if len(text) >= maxDistrust*65 {
+			break
+		}
+		text = append(hex.AppendEncode(text, sum[:]), '\n')
+	}
+	return t.store.writeFile(t.dir, distrustFile, text, 0o600)
+}

@@ -1,0 +1,387 @@
+package generations
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"farkeep/shared/beneath"
+	"farkeep/shared/hint"
+	"farkeep/shared/manifest"
+	"farkeep/shared/recipe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A file counts as received when it is durable. Files are made durable in
+// batches with one syncfs(2): on a journaling file system that is one journal
+// commit and one cache flush for the batch, where fsync costs both for each file.
+// A batch ends at any of these, so that a power cut costs seconds of upload. The
+// disk is the store's own, so nothing else is synced along.
+const (
+	batchFiles = 512
+	batchBytes = 64 << 20
+	batchTime  = 5 * time.Second
+)
+
+// stride is the piece of a growing file whose write-out is started at once, and
+// waited for one piece later: the disk is always busy, and no more than two
+// pieces of memory are dirty, however slow it is (sync_file_range(2)).
+const stride = 8 << 20
+
+// Receive takes a recipe stream from r, to its end mark, and files what it holds.
+// After an error what was complete is kept, and the beginning of a long file that was
+// being written; the transaction then only serves to be closed.
+func (t *Transaction) Receive(ctx context.Context, r io.Reader) (Received, error) {
+	if t.state != planned {
+		return Received{}, fmt.Errorf("push %s: an upload that was not asked for", t.req.Repository)
+	}
+	t.state = used
+	got, err := t.receive(ctx, r)
+	if err != nil {
+		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+			free, reserve, _, _ := t.store.Space()
+			err = hint.Because(fmt.Errorf("%w (%d bytes are free beside the reserve of %d)", err, free, reserve),
+				"the disk filled up during the push; every generation is intact: make room, then push again, which goes on where it stopped")
+		}
+		return got, fmt.Errorf("push %s: %w", t.req.Repository, err)
+	}
+	t.state = planned
+	return got, nil
+}
+
+func (t *Transaction) receive(ctx context.Context, r io.Reader) (got Received, err error) {
+	list, closer, err := t.openManifest(t.dir)
+	if err != nil {
+		return got, err
+	}
+	defer closer.Close()
+	w, err := t.openWorkshop(ctx)
+	if err != nil {
+		return got, err
+	}
+	defer w.close()
+	d := recipe.NewDecoder(r)
+	for {
+		index, err := d.Next()
+		if errors.Is(err, io.EOF) {
+			return w.got, w.flush()
+		}
+		if err == nil {
+			err = w.file(d, list, index)
+		}
+		if err != nil {
+			// The peer's mistake or a cut line must not cost what is complete.
+			return w.got, errors.Join(err, w.flush())
+		}
+	}
+}
+
+// workshop is where an upload's files are built (recipe.Workshop).
+type workshop struct {
+	t                 *Transaction
+	ctx               context.Context
+	building, objects *beneath.Dir
+	base              *beneath.Dir // files/ of the base; nil for none
+	buf               []byte
+	got               Received
+
+	// The file that is being built.
+	sum     manifest.Sum
+	name    string // in building/ and objects/: the sum
+	size    int64  // announced
+	f       *os.File
+	written int64 // length
+	pushed  int64 // write-out was started up to here
+	settled int64 // and finished up to here
+
+	source     *os.File // of the last copy
+	sourcePath string
+
+	// Complete files that are not durable yet.
+	batch struct {
+		files []batched
+		bytes int64
+		since time.Time
+	}
+}
+
+type batched struct {
+	name  string
+	index int64
+	size  int64
+}
+
+func (t *Transaction) openWorkshop(ctx context.Context) (w *workshop, err error) {
+	w = &workshop{t: t, ctx: ctx, buf: make([]byte, 256<<10)}
+	defer func() {
+		if err != nil {
+			w.close()
+		}
+	}()
+	if w.building, err = t.dir.Dir(buildingFolder); err != nil {
+		return nil, err
+	}
+	if w.objects, err = t.dir.Dir(objectsFolder); err != nil {
+		return nil, err
+	}
+	if t.base.Name != "" {
+		if w.base, err = t.store.generations.Dir(t.req.Repository + "/" + t.base.Name + "/" + FilesFolder); err != nil {
+			return nil, err
+		}
+	}
+	return w, nil
+}
+
+func (w *workshop) close() {
+	if w.f != nil {
+		w.f.Close()
+	}
+	if w.source != nil {
+		w.source.Close()
+	}
+	w.base.Close()
+	w.objects.Close()
+	w.building.Close()
+}
+
+// file builds the file that the stream announced.
+func (w *workshop) file(d *recipe.Decoder, list *manifest.Reader, index int64) error {
+	if !w.t.missing.Has(index) {
+		return fmt.Errorf("file %d was not asked for, or came already", index)
+	}
+	var e manifest.Entry
+	for list.Index() < index {
+		var err error
+		if e, err = list.Next(); err != nil {
+			return err
+		}
+	}
+	w.sum, w.name, w.size = e.Sum, e.Sum.String(), e.Size
+	if slices.ContainsFunc(w.batch.files, func(b batched) bool { return b.name == w.name }) {
+		// The same content twice: the first must be filed before its name is reused.
+		if err := w.flush(); err != nil {
+			return err
+		}
+	}
+	w.written, w.pushed, w.settled = 0, 0, 0
+	err := recipe.Build(d, e, w, w.buf)
+	if err == nil && w.f == nil {
+		err = w.start() // an empty file
+	}
+	if err == nil {
+		err = w.finish(index)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("receive %q: %w", e.Path, err), w.cut(err))
+	}
+	return nil
+}
+
+// start makes the file that is being built.
+func (w *workshop) start() (err error) {
+	if err := w.building.RemoveAll(w.name); err != nil {
+		return err
+	}
+	w.f, err = w.t.store.create(w.building, w.name, 0o600)
+	return err
+}
+
+// reserve claims the room of a long file: in one piece, and with the error now.
+func (w *workshop) reserve() error {
+	if w.size < stride {
+		return nil
+	}
+	err := unix.Fallocate(int(w.f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, w.size)
+	if err == unix.EOPNOTSUPP || err == unix.ENOSYS || err == unix.EINTR {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reserve %d bytes: %w", w.size, err)
+	}
+	return nil
+}
+
+// Write implements recipe.Workshop.
+func (w *workshop) Write(p []byte) (int, error) {
+	if w.ctx.Err() != nil {
+		return 0, w.ctx.Err()
+	}
+	if w.f == nil {
+		if err := w.start(); err != nil {
+			return 0, err
+		}
+		if err := w.reserve(); err != nil {
+			return 0, err
+		}
+	}
+	n, err := w.f.Write(p)
+	w.written += int64(n)
+	if err == nil && w.written-w.pushed >= stride {
+		err = w.push()
+	}
+	return n, err
+}
+
+// push starts the write-out of what is new and waits for that of the piece before.
+func (w *workshop) push() error {
+	fd := int(w.f.Fd())
+	end := w.written &^ (1<<20 - 1)
+	err := syncRange(fd, w.pushed, end-w.pushed, unix.SYNC_FILE_RANGE_WRITE)
+	if err == nil && w.pushed > w.settled {
+		err = syncRange(fd, w.settled, w.pushed-w.settled,
+			unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
+		if err == nil {
+			// Nobody reads it soon; leave the memory to the folders' metadata.
+			unix.Fadvise(fd, w.settled, w.pushed-w.settled, unix.FADV_DONTNEED)
+		}
+		w.settled = w.pushed
+	}
+	w.pushed = end
+	return err
+}
+
+// syncRange hands errors of the disk on and ignores a file system that cannot do
+// it: the sync at the end of the batch is what counts.
+func syncRange(fd int, offset, n int64, flags int) error {
+	err := unix.SyncFileRange(fd, offset, n, flags)
+	if err == unix.ENOSYS || err == unix.EINVAL || err == unix.ESPIPE || err == unix.EINTR {
+		return nil
+	}
+	return err
+}
+
+// Kept implements recipe.Workshop.
+func (w *workshop) Kept(n int64) (io.Reader, error) {
+	if n > w.t.partials[w.sum] {
+		return nil, errors.New("so much was not offered")
+	}
+	f, _, err := w.building.OpenWrite(w.name, 0, 0)
+	if err != nil {
+		return nil, err
+	}
+	w.f = f
+	if err := f.Truncate(n); err != nil {
+		return nil, err
+	}
+	if err := w.reserve(); err != nil {
+		return nil, err
+	}
+	if _, err := f.Seek(n, io.SeekStart); err != nil {
+		return nil, err
+	}
+	w.written, w.pushed, w.settled = n, n, n
+	return io.NewSectionReader(f, 0, n), nil
+}
+
+// Source implements recipe.Workshop.
+func (w *workshop) Source(path string) (io.ReaderAt, error) {
+	if w.source != nil && w.sourcePath == path {
+		return w.source, nil
+	}
+	if w.base == nil {
+		return nil, errors.New("there is no generation to copy from")
+	}
+	f, _, err := w.base.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	if w.source != nil {
+		w.source.Close()
+	}
+	w.source, w.sourcePath = f, path
+	return f, nil
+}
+
+// finish puts the complete file into the batch.
+func (w *workshop) finish(index int64) error {
+	f := w.f
+	w.f = nil
+	if err := f.Close(); err != nil {
+		return err
+	}
+	delete(w.t.partials, w.sum)
+	if len(w.batch.files) == 0 {
+		w.batch.since = w.t.store.opt.Now()
+	}
+	w.batch.files = append(w.batch.files, batched{w.name, index, w.size})
+	w.batch.bytes += w.size
+	w.got.Files++
+	w.got.Bytes += w.size
+	if len(w.batch.files) >= batchFiles || w.batch.bytes >= batchBytes || w.t.store.opt.Now().Sub(w.batch.since) >= batchTime {
+		return w.flush()
+	}
+	return nil
+}
+
+// cut decides what happens to the file at which the upload stopped because of
+// cause: the beginning of a long one is worth keeping, unless it is known to be
+// wrong, or the disk needs the room.
+func (w *workshop) cut(cause error) error {
+	f := w.f
+	w.f = nil
+	if f == nil {
+		return nil
+	}
+	defer f.Close()
+	keep := w.written >= MinResume && !errors.Is(cause, recipe.ErrSum) && !errors.Is(cause, unix.ENOSPC) && !errors.Is(cause, unix.EDQUOT)
+	if keep && f.Sync() == nil {
+		return nil
+	}
+	return w.building.RemoveAll(w.name)
+}
+
+// flush makes the batch durable and only then gives its files the names under
+// which they count.
+func (w *workshop) flush() error {
+	batch := w.batch.files
+	w.batch.files, w.batch.bytes = nil, 0
+	if len(batch) == 0 {
+		return nil
+	}
+	if err := w.t.dir.SyncFS(); err != nil {
+		// After a failed write-out the kernel may drop the bytes and report
+		// nothing the next time: none of these files can be believed.
+		for _, b := range batch {
+			err = errors.Join(err, w.building.RemoveAll(b.name))
+		}
+		return err
+	}
+	for _, b := range batch {
+		if err := w.building.Rename(b.name, w.objects, b.name); err != nil {
+			return err
+		}
+		w.t.missing.Remove(b.index)
+		w.t.wrote(b.size)
+	}
+	return nil
+}
+
+// Upload implements Push: it runs write against Receive.
+func (t *Transaction) Upload(ctx context.Context, write func(io.Writer) error) (Received, error) {
+	r, w := io.Pipe()
+	wrote := make(chan error, 1)
+	go func() {
+		err := write(w)
+		w.CloseWithError(err)
+		wrote <- err
+	}()
+	got, err := t.Receive(ctx, r)
+	r.CloseWithError(errClosed)
+	if werr := <-wrote; werr != nil && !errors.Is(werr, errClosed) {
+		return got, werr
+	}
+	return got, err
+}
+
+var errClosed = errors.New("the upload was refused")
+
+// regularOfSize reports whether name is a regular file of that size.
+func regularOfSize(dir *beneath.Dir, name string, size int64) bool {
+	st, err := dir.Stat(name)
+	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == size
+}

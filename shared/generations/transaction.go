@@ -1,0 +1,355 @@
+package generations
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+
+	"farkeep/shared/beneath"
+	"farkeep/shared/hint"
+	"farkeep/shared/manifest"
+	"farkeep/shared/tomlfile"
+)
+
+// The files of incoming/<repository>/, one push at a time:
+//
+//	push.toml   which push this is; valid only with the MANIFEST of its digest
+//	MANIFEST    what was offered
+//	objects/    complete files, verified and durable, named by their hash
+//	building/   files that are being written, named by the hash they shall have
+//	distrust    hashes that the newest generation should have, and has not
+//	generation/ what becomes the generation; only during a commit
+//
+// Files are named by their hash and not by their path, so that a push that was
+// cut helps the next one even when the repository has changed in between: the
+// first push of a terabyte takes weeks, and Borg goes on every night.
+const (
+	pushFile       = "push.toml"
+	objectsFolder  = "objects"
+	buildingFolder = "building"
+	distrustFile   = "distrust"
+	stagingFolder  = "generation"
+	newManifest    = ".MANIFEST.new"
+)
+
+// MinResume is the size in bytes from which a half-built file is kept.
+const MinResume = 4 << 20
+
+// MaxRepositories bounds the repositories of one store.
+const MaxRepositories = 1024
+
+// maxDistrust bounds the file distrust, in hashes; what is beyond is found by
+// the next push.
+const maxDistrust = 10000
+
+// Request is what a pusher asks for.
+type Request struct {
+	Repository string
+	Header     Header
+	Pusher     string // the name of its key
+	Quota      int64  // bytes; 0 for none
+}
+
+// incomingPush is push.toml.
+type incomingPush struct {
+	Format   int          `toml:"format"` // 1
+	Push     string       `toml:"push"`
+	Pusher   string       `toml:"pusher"`
+	Digest   manifest.Sum `toml:"digest"`
+	Entries  int64        `toml:"entries"`
+	Bytes    int64        `toml:"bytes"`
+	NewBytes int64        `toml:"new_bytes"` // not in the generation before; counts for the quota
+}
+
+// readPush reads the push.toml of incoming/<repository>.
+func readPush(dir *beneath.Dir) (p incomingPush, err error) {
+	text, err := dir.ReadFile(pushFile, maxTOML)
+	if err == nil {
+		err = tomlfile.Parse(pushFile, text, &p)
+	}
+	if err == nil && (p.Format != 1 || p.NewBytes < 0) {
+		err = fmt.Errorf("%w: %s/%s", ErrDamaged, dir.Path(), pushFile)
+	}
+	return p, err
+}
+
+// Transaction is one push under way. It holds the repository's lock until it is
+// closed. It is not safe for concurrent use.
+type Transaction struct {
+	store *Store
+	req   Request
+	dir   *beneath.Dir // incoming/<repository>
+	id    string
+	state txState
+
+	base       Generation // Name "" for none
+	missing    *manifest.Set
+	partials   map[manifest.Sum]int64
+	distrusted map[manifest.Sum]bool
+}
+
+// A transaction's states, each entered from the one before:
+//
+//	offered → planned → committed
+//	   │         └── Receive, any number of times; after one the plan may be used up
+//	   └── TakeManifest
+type txState int
+
+const (
+	offered txState = iota
+	planned
+	used // a Receive failed: only a new Begin knows what is missing now
+	committed
+)
+
+// PushRepository returns the repository that a push's id belongs to.
+func PushRepository(id string) (string, error) {
+	repository, random, ok := strings.Cut(id, "/")
+	if err := CheckRepository(repository); err != nil || !ok || len(random) != 16 {
+		return "", fmt.Errorf("%.200q is not the id of a push", id)
+	}
+	return repository, nil
+}
+
+// Begin starts a push, or finds that there is nothing to do.
+//
+// "same": the newest generation is what is offered; the Transaction is nil.
+// "send-manifest": the caller calls TakeManifest next. "send": a push of just this
+// offer was cut earlier; Receive is next. Errors wrap ErrBusy, *SpaceError or
+// *QuotaError where they apply.
+func (s *Store) Begin(ctx context.Context, req Request) (Answer, *Transaction, error) {
+	answer, t, err := s.begin(ctx, req)
+	if err != nil {
+		return Answer{}, nil, fmt.Errorf("push %.200s: %w", req.Repository, err)
+	}
+	return answer, t, nil
+}
+
+func (s *Store) begin(ctx context.Context, req Request) (Answer, *Transaction, error) {
+	if err := CheckRepository(req.Repository); err != nil {
+		return Answer{}, nil, err
+	}
+	if err := req.Header.Check(); err != nil {
+		return Answer{}, nil, err
+	}
+	newest, err := s.Newest(req.Repository)
+	if err != nil && !errors.Is(err, ErrNone) {
+		return Answer{}, nil, err
+	}
+	same := err == nil && newest.Digest == req.Header.Digest
+	if same && (newest.Entries != req.Header.Entries || newest.Bytes != req.Header.Bytes) {
+		return Answer{}, nil, fmt.Errorf("%w: the digest is that of %s, the counts are not", ErrOffer, newest.Name)
+	}
+	if err := s.countRepositories(req.Repository); err != nil {
+		return Answer{}, nil, err
+	}
+	dir, err := s.makeDir(s.incoming, req.Repository, privatePerm)
+	if err != nil {
+		return Answer{}, nil, err
+	}
+	t := &Transaction{store: s, req: req, dir: dir}
+	if err := dir.Lock(); err != nil {
+		t.Close()
+		if same {
+			return Answer{Answer: Same, Generation: newest.Name}, nil, nil
+		}
+		if errors.Is(err, beneath.ErrLocked) {
+			err = hint.Because(ErrBusy, "wait for it to end; one that is stalled ends by itself in some minutes")
+		}
+		return Answer{}, nil, err
+	}
+	if same {
+		defer t.Close()
+		return Answer{Answer: Same, Generation: newest.Name}, nil, t.discard()
+	}
+	answer, err := t.resume(ctx)
+	if err != nil {
+		t.Close()
+		return Answer{}, nil, err
+	}
+	return answer, t, nil
+}
+
+// countRepositories refuses one repository too many: a key that may push "*" must
+// not fill the disk with names.
+func (s *Store) countRepositories(name string) error {
+	if _, err := s.incoming.Stat(name); err == nil {
+		return nil
+	}
+	n := 0
+	err := s.incoming.Each(func(fs.DirEntry) error { n++; return nil })
+	if err == nil && n >= MaxRepositories {
+		err = fmt.Errorf("there are %d repositories already, which is the most that a disk holds", n)
+	}
+	return err
+}
+
+// resume goes on with the push that lies in incoming/, if it is of this offer.
+func (t *Transaction) resume(ctx context.Context) (Answer, error) {
+	for _, name := range []string{objectsFolder, buildingFolder} {
+		sub, err := t.store.makeDir(t.dir, name, privatePerm)
+		if err != nil {
+			return Answer{}, err
+		}
+		sub.Close()
+	}
+	if err := t.dir.RemoveAll(stagingFolder); err != nil {
+		return Answer{}, err
+	}
+	p, err := readPush(t.dir)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			t.store.opt.Log.Warn("an interrupted push cannot be read and begins anew", "repository", t.req.Repository, "err", err)
+		}
+		return Answer{Answer: SendManifest}, nil
+	}
+	h := t.req.Header
+	if p.Digest != h.Digest || p.Entries != h.Entries || p.Bytes != h.Bytes || p.Pusher != t.req.Pusher {
+		return Answer{Answer: SendManifest}, nil
+	}
+	t.id = p.Push
+	answer, err := t.plan(ctx)
+	var damaged *manifest.FormatError
+	if errors.As(err, &damaged) || errors.Is(err, ErrOffer) || errors.Is(err, fs.ErrNotExist) {
+		t.store.opt.Log.Warn("the list of an interrupted push is damaged and is asked for again", "repository", t.req.Repository, "err", err)
+		return Answer{Answer: SendManifest}, nil
+	}
+	return answer, err
+}
+
+// TakeManifest reads the manifest that was offered, to the end of r, and answers
+// "send". Whatever does not match the offer is refused as soon as it is seen.
+func (t *Transaction) TakeManifest(ctx context.Context, r io.Reader) (Answer, error) {
+	answer, err := t.takeManifest(ctx, r)
+	if err != nil {
+		return Answer{}, fmt.Errorf("push %s: %w", t.req.Repository, err)
+	}
+	return answer, nil
+}
+
+func (t *Transaction) takeManifest(ctx context.Context, r io.Reader) (Answer, error) {
+	if t.state != offered {
+		return Answer{}, errors.New("a manifest that was not asked for")
+	}
+	f, err := t.store.create(t.dir, newManifest, 0o444)
+	if err != nil {
+		return Answer{}, err
+	}
+	defer f.Close()
+	if err := t.copyManifest(ctx, r, f); err != nil {
+		return Answer{}, err
+	}
+	if err := f.Sync(); err != nil {
+		return Answer{}, err
+	}
+	var random [8]byte
+	rand.Read(random[:])
+	t.id = t.req.Repository + "/" + hex.EncodeToString(random[:])
+	// The plan writes push.toml when the push is admitted. Until then an older one
+	// does not match MANIFEST, and whoever resumes from it asks for a manifest.
+	if err := t.dir.Rename(newManifest, t.dir, ManifestFile); err != nil {
+		return Answer{}, err
+	}
+	return t.plan(ctx)
+}
+
+// copyManifest writes the manifest to f as it is checked.
+func (t *Transaction) copyManifest(ctx context.Context, r io.Reader, f *os.File) error {
+	// No manifest is larger than its entries can be, and none may eat the reserve.
+	free, reserve, _, err := t.store.Space()
+	if err != nil {
+		return err
+	}
+	room := min(free, 64+t.req.Header.Entries*int64(manifest.MaxEntry))
+	w := bufio.NewWriterSize(f, 256<<10)
+	m := manifest.NewReader(io.TeeReader(&limitReader{r: r, left: room, err: &SpaceError{What: "bytes", Needs: room, Has: free, Reserve: reserve}}, w))
+	for {
+		if m.Index()%1024 == 0 && ctx.Err() != nil {
+			return ctx.Err()
+		}
+		_, err := m.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		if s := m.Summary(); s.Entries > t.req.Header.Entries || s.Bytes > t.req.Header.Bytes {
+			return fmt.Errorf("%w: it holds more than the %d entries and %d bytes of the offer", ErrOffer, t.req.Header.Entries, t.req.Header.Bytes)
+		}
+	}
+	if err := t.matches(m.Summary()); err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+func (t *Transaction) matches(s manifest.Summary) error {
+	h := t.req.Header
+	if s.Digest != h.Digest || s.Entries != h.Entries || s.Bytes != h.Bytes {
+		return fmt.Errorf("%w: %d entries, %d bytes, digest %v; offered were %d, %d, %v", ErrOffer, s.Entries, s.Bytes, s.Digest, h.Entries, h.Bytes, h.Digest)
+	}
+	return nil
+}
+
+// limitReader fails with err instead of reading more than left bytes.
+type limitReader struct {
+	r    io.Reader
+	left int64
+	err  error
+}
+
+func (l *limitReader) Read(p []byte) (int, error) {
+	if l.left <= 0 {
+		return 0, l.err
+	}
+	n, err := l.r.Read(p[:min(int64(len(p)), l.left)])
+	l.left -= int64(n)
+	return n, err
+}
+
+// ID is the push's id, "" before there is a plan.
+func (t *Transaction) ID() string { return t.id }
+
+// Abort gives the push up and discards what was uploaded. The transaction
+// must still be closed.
+func (t *Transaction) Abort(context.Context) error {
+	if t.state == committed {
+		return errors.New("abort a push that was committed")
+	}
+	t.state = used
+	return t.discard()
+}
+
+// discard empties incoming/<repository>.
+func (t *Transaction) discard() error {
+	// push.toml first: without it the rest means nothing.
+	if err := t.dir.Remove(pushFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return t.dir.Clear()
+}
+
+// Close ends the transaction and frees the repository. What was uploaded stays
+// for the next push.
+func (t *Transaction) Close() error {
+	t.store.mu.Lock()
+	delete(t.store.promised, t)
+	t.store.mu.Unlock()
+	return t.dir.Close()
+}
+
+func (t *Transaction) openManifest(dir *beneath.Dir) (*manifest.Reader, io.Closer, error) {
+	f, _, err := dir.Open(ManifestFile)
+	if err != nil {
+		return nil, nil, err
+	}
+	return manifest.NewReader(f), f, nil
+}
