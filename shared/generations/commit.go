@@ -104,12 +104,12 @@ func (t *Transaction) commit(ctx context.Context) (*Generation, error) {
 }
 
 func (t *Transaction) describe(sequence int64, a *assembly) *Generation {
-	h := t.req.Header
+	h := t.req.Offer
 	now := t.store.opt.Now().UTC().Truncate(1e9)
 	return &Generation{
 		Name: Name(sequence, now), Format: 1, Repository: t.req.Repository, Sequence: sequence,
 		Committed: now, ClockSet: t.store.opt.ClockSet(), Pusher: t.req.Pusher,
-		RepositoryID: h.RepositoryID, Kind: h.Kind, Digest: h.Digest,
+		RepositoryID: h.RepositoryID, Kind: h.Kind, Digest: t.digest,
 		Entries: h.Entries, Files: a.files, Bytes: h.Bytes, NewFiles: a.newFiles, NewBytes: a.newBytes,
 		Base: t.base.Name, Push: t.id,
 	}

@@ -3,11 +3,13 @@
 //
 // A [Store] takes pushes and makes generations of them:
 //
-//	Begin ──"same"──────────────────────────────▶ confirmed, nothing to do
+//	Begin ──"same"──────────────────────────▶ confirmed, nothing to do
 //	  │
 //	  ├─"send-manifest"─▶ TakeManifest ─┐
 //	  │                                 ▼
-//	  └─"send" (resumed) ───────▶ Receive, again after a cut ──▶ Commit ──▶ generation
+//	  └─"send" (resumed) ───────────▶ Receive ──▶ Commit ──▶ generation
+//
+// After a cut the pusher begins again, and is asked only for what is missing.
 //
 // What it guarantees: a generation, once Commit returned, is complete, its files
 // were hashed while they were written, and nothing here changes or removes it. A
@@ -23,7 +25,6 @@ package generations
 import (
 	"errors"
 	"fmt"
-	"regexp"
 	"strconv"
 	"time"
 
@@ -92,18 +93,6 @@ func ParseName(name string) (sequence int64, committed time.Time, err error) {
 		return 0, time.Time{}, fmt.Errorf("%q is not a generation's name", name)
 	}
 	return sequence, committed, nil
-}
-
-var repositoryName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-
-// CheckRepository refuses what is not a repository's name: letters, digits and
-// "._-", a letter or digit first, 128 bytes at most. So no name is hidden, a
-// path, or an option to a program.
-func CheckRepository(name string) error {
-	if !repositoryName.MatchString(name) {
-		return fmt.Errorf("%.200q is not a repository's name: letters, digits and ._- (a letter or digit first, 128 at most)", name)
-	}
-	return nil
 }
 
 // Errors that callers tell apart.

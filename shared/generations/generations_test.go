@@ -12,7 +12,6 @@ import (
 func TestPushChangeAndConfirm(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir, generations.Options{})
-	target := s.Target("home")
 	if _, err := s.Newest("photos"); !errors.Is(err, generations.ErrNone) {
 		t.Errorf("newest of nothing: %v", err)
 	}
@@ -20,13 +19,13 @@ func TestPushChangeAndConfirm(t *testing.T) {
 	first := tree{}.add("config", "[repository]\n").add("data/0/1", noise(1, 3<<20)).add("data/0/2", noise(2, 100)).
 		add("empty", "").add("also empty", "").add(`odd \ name`, "x").add("cr\rhere", "y").add("bytes \xff\xfe", "z")
 	first["hollow"] = file{folder: true, mode: 0o750}
-	one, got := push(t, target, "photos", first)
+	one, got := push(t, s, "photos", first)
 	if got.Files != 8 {
 		t.Errorf("the first push uploaded %d files; want all 8", got.Files)
 	}
 	compare(t, dir, "photos", one, first)
 
-	if name, got := push(t, target, "photos", first); name != one || got.Files != 0 {
+	if name, got := push(t, s, "photos", first); name != one || got.Files != 0 {
 		t.Errorf("the same again: generation %s, %d files uploaded; want %s confirmed", name, got.Files, one)
 	}
 
@@ -36,7 +35,7 @@ func TestPushChangeAndConfirm(t *testing.T) {
 	}
 	delete(second, "data/0/2")
 	second.add("data/0/3", noise(3, 50)).add("config", "[repository]\nid = 1\n")
-	two, got := push(t, target, "photos", second)
+	two, got := push(t, s, "photos", second)
 	if got.Files != 2 {
 		t.Errorf("the second push uploaded %d files; want the 2 that changed", got.Files)
 	}

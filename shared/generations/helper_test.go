@@ -15,6 +15,7 @@ import (
 
 	"farkeep/shared/generations"
 	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
 	"farkeep/shared/recipe"
 )
 
@@ -54,7 +55,7 @@ func (t tree) entries() []manifest.Entry {
 	return list
 }
 
-func (t tree) manifest(tb testing.TB) ([]byte, generations.Header) {
+func (t tree) manifest(tb testing.TB) ([]byte, pushwire.Offer) {
 	tb.Helper()
 	var b bytes.Buffer
 	w := manifest.NewWriter(&b)
@@ -67,7 +68,7 @@ func (t tree) manifest(tb testing.TB) ([]byte, generations.Header) {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return b.Bytes(), generations.HeaderOf(s, generations.KindTree, "")
+	return b.Bytes(), pushwire.Offer{Digest: s.Digest.String(), Entries: s.Entries, Bytes: s.Bytes, Kind: pushwire.KindFiles}
 }
 
 // write sends the whole recipe of what answer asks for.
@@ -78,7 +79,7 @@ func (t tree) write(w io.Writer, answer generations.Answer) error {
 		have[p.Index] = p.Have
 	}
 	e := recipe.NewEncoder(w)
-	for i := range answer.Missing.All() {
+	for i := range answer.Needed.All() {
 		content := t[list[i].Path].content
 		if err := e.File(i); err != nil {
 			return err
@@ -99,29 +100,38 @@ func (t tree) write(w io.Writer, answer generations.Answer) error {
 	return e.Close()
 }
 
-func (t tree) opener(tb testing.TB) (generations.Header, func() (io.ReadCloser, error)) {
-	data, h := t.manifest(tb)
-	return h, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+// begin offers the tree, with the manifest if it is wanted. The transaction is nil
+// when there is nothing to do.
+func begin(tb testing.TB, s *generations.Store, repository string, t tree) (generations.Answer, *generations.Transaction, error) {
+	tb.Helper()
+	list, offer := t.manifest(tb)
+	answer, tx, err := s.Begin(tb.Context(), generations.Request{Repository: repository, Offer: offer, Pusher: "home"})
+	if err == nil && answer.Answer == pushwire.AnswerSendManifest {
+		if answer, err = tx.TakeManifest(tb.Context(), bytes.NewReader(list)); err != nil {
+			tx.Close()
+			tx = nil
+		}
+	}
+	return answer, tx, err
 }
 
 // push pushes the tree as a pusher would, and returns the generation's name and
 // what was uploaded.
-func push(tb testing.TB, target generations.Target, repository string, t tree) (string, generations.Received) {
+func push(tb testing.TB, s *generations.Store, repository string, t tree) (string, pushwire.UploadAnswer) {
 	tb.Helper()
-	h, open := t.opener(tb)
-	answer, p, err := target.Offer(tb.Context(), repository, h, open)
+	answer, tx, err := begin(tb, s, repository, t)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	if answer.Answer == generations.Same {
-		return answer.Generation, generations.Received{}
+	if tx == nil {
+		return answer.Generation, pushwire.UploadAnswer{}
 	}
-	defer p.Close()
-	got, err := p.Upload(tb.Context(), func(w io.Writer) error { return t.write(w, answer) })
+	defer tx.Close()
+	got, err := tx.Upload(tb.Context(), func(w io.Writer) error { return t.write(w, answer) })
 	if err != nil {
 		tb.Fatal(err)
 	}
-	name, err := p.Commit(tb.Context())
+	name, err := tx.Commit(tb.Context())
 	if err != nil {
 		tb.Fatal(err)
 	}

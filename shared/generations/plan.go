@@ -13,6 +13,7 @@ import (
 
 	"farkeep/shared/beneath"
 	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
 )
 
 // plan compares what is offered with the newest generation and with what lies in
@@ -78,17 +79,17 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	}
 	defer closer.Close()
 
-	t.missing = manifest.NewSet(t.req.Header.Entries)
+	t.missing = manifest.NewSet(t.req.Offer.Entries)
 	t.partials = map[manifest.Sum]int64{}
 	var cost cost
 	var newBytes int64
 	var finished []finishedFile
-	answer := Answer{Answer: Send, Push: t.id, Base: base.Name}
+	answer := Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSend, Push: t.id, Base: base.Name}}
 	err = manifest.Diff(old, new, func(c manifest.Change) error {
 		if c.Relation == manifest.Gone {
 			return nil
 		}
-		if c.Index >= t.req.Header.Entries {
+		if c.Index >= t.req.Offer.Entries {
 			return ErrOffer
 		}
 		if c.Index%1024 == 0 && ctx.Err() != nil {
@@ -104,6 +105,7 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 			}
 		case there.use(objects, e):
 			newBytes += e.Size
+			answer.Kept++
 		default:
 			t.missing.Add(c.Index)
 			cost.file(e.Size)
@@ -114,14 +116,14 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 			case have == e.Size:
 				finished = append(finished, finishedFile{*e, c.Index})
 				delete(half, e.Sum)
-			case have < e.Size && have >= MinResume && len(answer.Resume) < MaxPartials:
-				answer.Resume = append(answer.Resume, Partial{Index: c.Index, Have: have})
+			case have < e.Size && have >= MinResume && len(answer.Resume) < pushwire.MaxPartials:
+				answer.Resume = append(answer.Resume, pushwire.Partial{Index: c.Index, Have: have})
 				t.partials[e.Sum] = have
 				cost.bytes -= have
-				answer.Bytes -= have
+				answer.NeedBytes -= have
 				delete(half, e.Sum)
 			}
-			answer.Bytes += e.Size
+			answer.NeedBytes += e.Size
 		}
 		return nil
 	})
@@ -146,14 +148,14 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	if err := t.checkLinks(); err != nil {
 		return Answer{}, err
 	}
-	h := t.req.Header
-	p := incomingPush{Format: 1, Push: t.id, Pusher: t.req.Pusher, Digest: h.Digest, Entries: h.Entries, Bytes: h.Bytes, NewBytes: newBytes}
+	h := t.req.Offer
+	p := incomingPush{Format: 1, Push: t.id, Pusher: t.req.Pusher, Digest: t.digest, Entries: h.Entries, Bytes: h.Bytes, NewBytes: newBytes}
 	if err := t.store.writeTOML(t.dir, pushFile, p, 0o600); err != nil {
 		return Answer{}, err
 	}
-	answer.Need, answer.Missing = t.missing.Len(), t.missing
+	answer.Need, answer.Needed = t.missing.Len(), t.missing
 	if base.Name != "" {
-		answer.BaseDigest = &base.Digest
+		answer.BaseDigest = base.Digest.String()
 	}
 	t.state = planned
 	return answer, nil
@@ -315,7 +317,7 @@ func (t *Transaction) dropUseless(objects *beneath.Dir, there *objectList, half 
 
 // maxHalf bounds how many half-built files are considered: a batch that a power
 // cut caught between its sync and its renames, and what was cut.
-const maxHalf = 2*batchFiles + MaxPartials
+const maxHalf = 2*batchFiles + pushwire.MaxPartials
 
 // listBuilding returns the half-built files and their sizes. Sizes are rounded
 // down: after a power cut the last piece of a file that was growing may be
@@ -380,7 +382,8 @@ func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []f
 			return err
 		}
 		t.missing.Remove(f.index)
-		answer.Bytes -= f.Size
+		answer.NeedBytes -= f.Size
+		answer.Kept++
 	}
 	return nil
 }

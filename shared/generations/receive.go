@@ -12,6 +12,7 @@ import (
 	"farkeep/shared/beneath"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
 	"farkeep/shared/recipe"
 
 	"golang.org/x/sys/unix"
@@ -36,9 +37,9 @@ const stride = 8 << 20
 // Receive takes a recipe stream from r, to its end mark, and files what it holds.
 // After an error what was complete is kept, and the beginning of a long file that was
 // being written; the transaction then only serves to be closed.
-func (t *Transaction) Receive(ctx context.Context, r io.Reader) (Received, error) {
+func (t *Transaction) Receive(ctx context.Context, r io.Reader) (pushwire.UploadAnswer, error) {
 	if t.state != planned {
-		return Received{}, fmt.Errorf("push %s: an upload that was not asked for", t.req.Repository)
+		return pushwire.UploadAnswer{}, fmt.Errorf("push %s: an upload that was not asked for", t.req.Repository)
 	}
 	t.state = used
 	got, err := t.receive(ctx, r)
@@ -54,7 +55,7 @@ func (t *Transaction) Receive(ctx context.Context, r io.Reader) (Received, error
 	return got, nil
 }
 
-func (t *Transaction) receive(ctx context.Context, r io.Reader) (got Received, err error) {
+func (t *Transaction) receive(ctx context.Context, r io.Reader) (got pushwire.UploadAnswer, err error) {
 	list, closer, err := t.openManifest(t.dir)
 	if err != nil {
 		return got, err
@@ -88,7 +89,7 @@ type workshop struct {
 	building, objects *beneath.Dir
 	base              *beneath.Dir // files/ of the base; nil for none
 	buf               []byte
-	got               Received
+	got               pushwire.UploadAnswer
 
 	// The file that is being built.
 	sum     manifest.Sum
@@ -361,8 +362,8 @@ func (w *workshop) flush() error {
 	return nil
 }
 
-// Upload implements Push: it runs write against Receive.
-func (t *Transaction) Upload(ctx context.Context, write func(io.Writer) error) (Received, error) {
+// Upload is Receive for a pusher in the same process: write makes the stream.
+func (t *Transaction) Upload(ctx context.Context, write func(io.Writer) error) (pushwire.UploadAnswer, error) {
 	r, w := io.Pipe()
 	wrote := make(chan error, 1)
 	go func() {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"farkeep/shared/beneath"
+	"farkeep/shared/pushwire"
 	"farkeep/shared/tomlfile"
 
 	"github.com/pelletier/go-toml/v2"
@@ -168,7 +169,7 @@ func (s *Store) Space() (free, reserve, total int64, err error) {
 // Heartbeat records on the disk when host last said that all is well. host is
 // named by the rule of repositories.
 func (s *Store) Heartbeat(host string, at time.Time, text string) error {
-	if err := CheckRepository(host); err != nil {
+	if err := pushwire.CheckRepository(host); err != nil {
 		return fmt.Errorf("heartbeat: %w", err)
 	}
 	beats, err := s.root.Dir(HeartbeatFolder)
@@ -183,7 +184,7 @@ func (s *Store) Heartbeat(host string, at time.Time, text string) error {
 func (s *Store) Repositories() ([]string, error) {
 	var names []string
 	err := s.generations.Each(func(e fs.DirEntry) error {
-		if e.IsDir() && CheckRepository(e.Name()) == nil {
+		if e.IsDir() && pushwire.CheckRepository(e.Name()) == nil {
 			names = append(names, e.Name())
 		}
 		return nil
@@ -196,7 +197,7 @@ func (s *Store) Repositories() ([]string, error) {
 // A generation whose generation.toml cannot be read is listed with its name and
 // sequence alone and Format 0.
 func (s *Store) List(repository string) ([]Generation, error) {
-	if err := CheckRepository(repository); err != nil {
+	if err := pushwire.CheckRepository(repository); err != nil {
 		return nil, err
 	}
 	dir, err := s.generations.Dir(repository)
@@ -327,7 +328,7 @@ func (s *Store) stored(ctx context.Context, pusher, except string) (bytes int64,
 		}
 	}
 	err = s.incoming.Each(func(e fs.DirEntry) error {
-		if e.Name() == except || CheckRepository(e.Name()) != nil {
+		if e.Name() == except || pushwire.CheckRepository(e.Name()) != nil {
 			return nil
 		}
 		dir, err := s.incoming.Dir(e.Name())

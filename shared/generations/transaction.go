@@ -15,6 +15,7 @@ import (
 	"farkeep/shared/beneath"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
 	"farkeep/shared/tomlfile"
 )
 
@@ -52,9 +53,37 @@ const maxDistrust = 10000
 // Request is what a pusher asks for.
 type Request struct {
 	Repository string
-	Header     Header
+	Offer      pushwire.Offer
 	Pusher     string // the name of its key
 	Quota      int64  // bytes; 0 for none
+}
+
+// Answer is what an offer was answered with.
+type Answer struct {
+	pushwire.OfferAnswer
+	// Needed are the files to upload, by their index in the offered manifest; nil
+	// unless the answer is "send".
+	Needed *manifest.Set
+}
+
+// checkOffer refuses an offer that no manifest can keep, and returns its digest.
+func checkOffer(o pushwire.Offer) (digest manifest.Sum, err error) {
+	if err := digest.UnmarshalText([]byte(o.Digest)); err != nil {
+		return digest, fmt.Errorf("offer: %w", err)
+	}
+	if o.Entries < 0 || o.Entries > manifest.MaxEntries {
+		return digest, fmt.Errorf("offer of %d entries: 0 to %d are possible", o.Entries, manifest.MaxEntries)
+	}
+	if o.Bytes < 0 || o.Bytes > manifest.MaxBytes {
+		return digest, fmt.Errorf("offer of %d bytes: 0 to %d are possible", o.Bytes, int64(manifest.MaxBytes))
+	}
+	if o.Kind != pushwire.KindBorg1 && o.Kind != pushwire.KindFiles {
+		return digest, fmt.Errorf("offer of kind %.32q: %s and %s are known", o.Kind, pushwire.KindBorg1, pushwire.KindFiles)
+	}
+	if len(o.RepositoryID) > 64 || strings.Trim(o.RepositoryID, "0123456789abcdef") != "" {
+		return digest, errors.New("offer with a repository id that is not up to 64 hexadecimal digits")
+	}
+	return digest, nil
 }
 
 // incomingPush is push.toml.
@@ -83,11 +112,12 @@ func readPush(dir *beneath.Dir) (p incomingPush, err error) {
 // Transaction is one push under way. It holds the repository's lock until it is
 // closed. It is not safe for concurrent use.
 type Transaction struct {
-	store *Store
-	req   Request
-	dir   *beneath.Dir // incoming/<repository>
-	id    string
-	state txState
+	store  *Store
+	req    Request
+	dir    *beneath.Dir // incoming/<repository>
+	id     string
+	state  txState
+	digest manifest.Sum // what was offered
 
 	base       Generation // Name "" for none
 	missing    *manifest.Set
@@ -112,7 +142,7 @@ const (
 // PushRepository returns the repository that a push's id belongs to.
 func PushRepository(id string) (string, error) {
 	repository, random, ok := strings.Cut(id, "/")
-	if err := CheckRepository(repository); err != nil || !ok || len(random) != 16 {
+	if err := pushwire.CheckRepository(repository); err != nil || !ok || len(random) != 16 {
 		return "", fmt.Errorf("%.200q is not the id of a push", id)
 	}
 	return repository, nil
@@ -133,18 +163,19 @@ func (s *Store) Begin(ctx context.Context, req Request) (Answer, *Transaction, e
 }
 
 func (s *Store) begin(ctx context.Context, req Request) (Answer, *Transaction, error) {
-	if err := CheckRepository(req.Repository); err != nil {
+	if err := pushwire.CheckRepository(req.Repository); err != nil {
 		return Answer{}, nil, err
 	}
-	if err := req.Header.Check(); err != nil {
+	digest, err := checkOffer(req.Offer)
+	if err != nil {
 		return Answer{}, nil, err
 	}
 	newest, err := s.Newest(req.Repository)
 	if err != nil && !errors.Is(err, ErrNone) {
 		return Answer{}, nil, err
 	}
-	same := err == nil && newest.Digest == req.Header.Digest
-	if same && (newest.Entries != req.Header.Entries || newest.Bytes != req.Header.Bytes) {
+	same := err == nil && newest.Digest == digest
+	if same && (newest.Entries != req.Offer.Entries || newest.Bytes != req.Offer.Bytes) {
 		return Answer{}, nil, fmt.Errorf("%w: the digest is that of %s, the counts are not", ErrOffer, newest.Name)
 	}
 	if err := s.countRepositories(req.Repository); err != nil {
@@ -154,11 +185,11 @@ func (s *Store) begin(ctx context.Context, req Request) (Answer, *Transaction, e
 	if err != nil {
 		return Answer{}, nil, err
 	}
-	t := &Transaction{store: s, req: req, dir: dir}
+	t := &Transaction{store: s, req: req, digest: digest, dir: dir}
 	if err := dir.Lock(); err != nil {
 		t.Close()
 		if same {
-			return Answer{Answer: Same, Generation: newest.Name}, nil, nil
+			return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSame, Generation: newest.Name}}, nil, nil
 		}
 		if errors.Is(err, beneath.ErrLocked) {
 			err = hint.Because(ErrBusy, "wait for it to end; one that is stalled ends by itself in some minutes")
@@ -167,7 +198,7 @@ func (s *Store) begin(ctx context.Context, req Request) (Answer, *Transaction, e
 	}
 	if same {
 		defer t.Close()
-		return Answer{Answer: Same, Generation: newest.Name}, nil, t.discard()
+		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSame, Generation: newest.Name}}, nil, t.discard()
 	}
 	answer, err := t.resume(ctx)
 	if err != nil {
@@ -208,18 +239,18 @@ func (t *Transaction) resume(ctx context.Context) (Answer, error) {
 		if !errors.Is(err, fs.ErrNotExist) {
 			t.store.opt.Log.Warn("an interrupted push cannot be read and begins anew", "repository", t.req.Repository, "err", err)
 		}
-		return Answer{Answer: SendManifest}, nil
+		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}, nil
 	}
-	h := t.req.Header
-	if p.Digest != h.Digest || p.Entries != h.Entries || p.Bytes != h.Bytes || p.Pusher != t.req.Pusher {
-		return Answer{Answer: SendManifest}, nil
+	h := t.req.Offer
+	if p.Digest != t.digest || p.Entries != h.Entries || p.Bytes != h.Bytes || p.Pusher != t.req.Pusher {
+		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}, nil
 	}
 	t.id = p.Push
 	answer, err := t.plan(ctx)
 	var damaged *manifest.FormatError
 	if errors.As(err, &damaged) || errors.Is(err, ErrOffer) || errors.Is(err, fs.ErrNotExist) {
 		t.store.opt.Log.Warn("the list of an interrupted push is damaged and is asked for again", "repository", t.req.Repository, "err", err)
-		return Answer{Answer: SendManifest}, nil
+		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}, nil
 	}
 	return answer, err
 }
@@ -267,7 +298,7 @@ func (t *Transaction) copyManifest(ctx context.Context, r io.Reader, f *os.File)
 	if err != nil {
 		return err
 	}
-	room := min(free, 64+t.req.Header.Entries*int64(manifest.MaxEntry))
+	room := min(free, 64+t.req.Offer.Entries*int64(manifest.MaxEntry))
 	w := bufio.NewWriterSize(f, 256<<10)
 	m := manifest.NewReader(io.TeeReader(&limitReader{r: r, left: room, err: &SpaceError{What: "bytes", Needs: room, Has: free, Reserve: reserve}}, w))
 	for {
@@ -281,8 +312,8 @@ func (t *Transaction) copyManifest(ctx context.Context, r io.Reader, f *os.File)
 		if err != nil {
 			return err
 		}
-		if s := m.Summary(); s.Entries > t.req.Header.Entries || s.Bytes > t.req.Header.Bytes {
-			return fmt.Errorf("%w: it holds more than the %d entries and %d bytes of the offer", ErrOffer, t.req.Header.Entries, t.req.Header.Bytes)
+		if s := m.Summary(); s.Entries > t.req.Offer.Entries || s.Bytes > t.req.Offer.Bytes {
+			return fmt.Errorf("%w: it holds more than the %d entries and %d bytes of the offer", ErrOffer, t.req.Offer.Entries, t.req.Offer.Bytes)
 		}
 	}
 	if err := t.matches(m.Summary()); err != nil {
@@ -292,9 +323,9 @@ func (t *Transaction) copyManifest(ctx context.Context, r io.Reader, f *os.File)
 }
 
 func (t *Transaction) matches(s manifest.Summary) error {
-	h := t.req.Header
-	if s.Digest != h.Digest || s.Entries != h.Entries || s.Bytes != h.Bytes {
-		return fmt.Errorf("%w: %d entries, %d bytes, digest %v; offered were %d, %d, %v", ErrOffer, s.Entries, s.Bytes, s.Digest, h.Entries, h.Bytes, h.Digest)
+	h := t.req.Offer
+	if s.Digest != t.digest || s.Entries != h.Entries || s.Bytes != h.Bytes {
+		return fmt.Errorf("%w: %d entries, %d bytes, digest %v; offered were %d, %d, %v", ErrOffer, s.Entries, s.Bytes, s.Digest, h.Entries, h.Bytes, t.digest)
 	}
 	return nil
 }

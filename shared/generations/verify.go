@@ -12,6 +12,7 @@ import (
 
 	"farkeep/shared/beneath"
 	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
 
 	"golang.org/x/sys/unix"
 )
@@ -52,7 +53,7 @@ func (s *Store) Verify(ctx context.Context, repository, name string, progress fu
 }
 
 func (s *Store) verify(ctx context.Context, repository, name string, progress func(Report)) (*Report, error) {
-	if err := CheckRepository(repository); err != nil {
+	if err := pushwire.CheckRepository(repository); err != nil {
 		return nil, err
 	}
 	if _, _, err := ParseName(name); err != nil {
