@@ -330,7 +330,11 @@ func (p *Pi) relayOnce(r *run) error {
 	attached := p.attached
 	p.mu.Unlock()
 	if flipped {
-		p.log.Info("relay", "closed", closed, "line", p.cfg.Relay.Line)
+		what := "the relay opens: the USB disk loses power"
+		if closed {
+			what = "the relay closes: the USB disk gets power"
+		}
+		p.log.Info(what, "relay", p.cfg.Relay)
 		p.update(func() { p.events = append(p.events, RelayEvent{time.Now(), closed}) })
 	}
 	p.update(func() { p.closed = closed })
@@ -344,7 +348,7 @@ func (p *Pi) relayOnce(r *run) error {
 	if err := change(p.ctx, p.cfg.Machine); err != nil {
 		return err
 	}
-	p.log.Info("USB disk", "attached", want)
+	p.log.Debug("USB disk", "attached", want)
 	p.update(func() { p.attached = want })
 	return nil
 }
@@ -532,5 +536,5 @@ func (p *Pi) Wait() (Ending, error) {
 // Done is closed when the machine is off.
 func (p *Pi) Done() <-chan struct{} { return p.done }
 
-// Files returns the SD image and the USB disk image.
-func (p *Pi) Files() (image, disk string) { return p.cfg.Image, p.cfg.Disk }
+// Config returns what the machine was started with: after CutPower, Start it again with the same.
+func (p *Pi) Config() Config { return p.cfg }

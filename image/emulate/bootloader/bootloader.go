@@ -69,11 +69,8 @@ func Load(path string, board Board, tryboot bool) (*Boot, error) {
 	return boot, nil
 }
 
-// Selector opens the partition with the boot selector, which also holds the appliance's settings.
-func Selector(image io.ReaderAt) (*fat.FS, error) { return open(image, card.Selector) }
-
 func load(image io.ReaderAt, board Board, tryboot bool) (*Boot, error) {
-	first, err := Selector(image)
+	first, err := open(image, card.Selector)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +101,8 @@ func load(image io.ReaderAt, board Board, tryboot bool) (*Boot, error) {
 	return boot, nil
 }
 
-// open opens the FAT volume in primary partition n, counted from 1.
+// open opens the FAT volume in primary partition n, counted from 1. It goes by the partition table, as a Pi
+// does, and not by the layout that the table ought to describe.
 func open(image io.ReaderAt, n int) (*fat.FS, error) {
 	var mbr [512]byte
 	if _, err := image.ReadAt(mbr[:], 0); err != nil {
