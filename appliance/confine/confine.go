@@ -60,6 +60,8 @@ type Profile struct {
 	// Read and Write are the folders and files that the part may use, Write for
 	// reading as well. What is missing at the start is left out.
 	Read, Write []string
+	// Devices are folders and files whose devices the part may also steer (ioctl).
+	Devices []string
 }
 
 // Attr is how the supervisor makes the child.
@@ -236,6 +238,8 @@ func (p Profile) rules() []landlock.Rule {
 	add(p.Read, landlock.RODirs, landlock.ROFiles)
 	// Refer: the keeper links unchanged files from one generation into the next.
 	add(p.Write, func(s ...string) landlock.FSRule { return landlock.RWDirs(s...).WithRefer() }, landlock.RWFiles)
+	add(p.Devices, func(s ...string) landlock.FSRule { return landlock.RWDirs(s...).WithIoctlDev() },
+		func(s ...string) landlock.FSRule { return landlock.RWFiles(s...).WithIoctlDev() })
 	for _, port := range p.Bind {
 		rules = append(rules, landlock.BindTCP(port))
 	}

@@ -274,7 +274,7 @@ func (s *server) serve(ctx context.Context, uc *net.UnixConn) {
 	if limit := MaxLine / 16; len(e.Hint) > limit {
 		e.Hint = e.Hint[:limit]
 	}
-	if conn.writeLine(reply{Error: &e}) == nil {
+	if conn.writeLine(reply{Error: &e}) == nil && ctx.Err() == nil {
 		drain(uc)
 	}
 }

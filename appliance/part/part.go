@@ -120,6 +120,8 @@ type Header struct {
 	Paths    Paths
 	Firmware bool // this program is the whole system
 	Debug    bool // log at debug level
+	// Ports are the TCP ports that the part's confinement leaves it.
+	Ports []uint16
 }
 
 var namePattern = regexp.MustCompile(`^[a-z]{1,16}$`)
