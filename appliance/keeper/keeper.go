@@ -1,0 +1,344 @@
+// Package keeper is the part of the appliance that keeps generations: it alone
+// writes the disk, and it parses everything that a pusher sends.
+//
+// It answers the receiver, which says whose key a peer proved to have (package
+// keepercall), and the disk part, which says when the disk is there. It has no
+// network, and no verb that deletes or alters a generation: a receiver that was
+// taken over can name any key, and then do what that key may do, no more.
+//
+// What it promises beyond package generations: one push of a repository at a
+// time, freed when its peer stalls; bounds on how much runs at once; a disk
+// that is asked for is let go of within ReleaseTimeout; and what is known of
+// repositories and heartbeats outlives the disk's dark hours, in its own folder
+// on the state partition.
+package keeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"farkeep/appliance/keepercall"
+	"farkeep/appliance/localcall"
+	"farkeep/appliance/part"
+	"farkeep/appliance/status"
+	"farkeep/shared/generations"
+	"farkeep/shared/hint"
+
+	"golang.org/x/sys/unix"
+)
+
+// Limits.
+const (
+	// MaxRunning bounds the verbs at work at once; MaxVerifying those that read
+	// whole generations, which a disk does worse for every further one.
+	MaxRunning   = 16
+	MaxVerifying = 1
+	// StallTimeout ends a verb whose peer sends nothing while it should.
+	StallTimeout = 2 * time.Minute
+	// TakeoverAfter is how long a push must have been silent for another attempt
+	// at the same repository to end it: a line that was cut looks silent.
+	TakeoverAfter = 20 * time.Second
+	// IdleTimeout frees a push between verbs. What was uploaded is kept.
+	IdleTimeout = 10 * time.Minute
+	// ReleaseTimeout is how long verbs at work may take to let go of the disk.
+	ReleaseTimeout = 12 * time.Second
+)
+
+const tick = 2 * time.Second
+
+// Brief is what the keeper must know.
+type Brief struct {
+	// Reserve is what pushes leave free on the disk, in bytes; 0 means the
+	// default of package generations.
+	Reserve int64
+}
+
+// Keeper serves the calls.
+type Keeper struct {
+	env   *part.Env
+	brief Brief
+	known *memory
+
+	verifying chan struct{}
+
+	mu      sync.Mutex // guards the fields below
+	store   *generations.Store
+	closing bool
+	running map[*run]struct{}
+	none    chan struct{} // closed when running became empty; nil while nobody waits
+	pushes  map[string]*push
+	dirty   bool
+}
+
+// run is a verb at work.
+type run struct{ cancel context.CancelCauseFunc }
+
+// Run serves until ctx ends.
+func Run(ctx context.Context, env *part.Env) error {
+	brief, err := part.Brief[Brief](env)
+	if err != nil {
+		return err
+	}
+	known, err := openMemory(env.Paths.StateDir(part.Keeper), env.Log)
+	if err != nil {
+		return err
+	}
+	k := &Keeper{
+		env: env, brief: brief, known: known, running: map[*run]struct{}{}, pushes: map[string]*push{},
+		verifying: make(chan struct{}, MaxVerifying), dirty: true,
+	}
+	serveCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	served := make(chan error, 1)
+	go func() {
+		err := localcall.Serve(serveCtx, env.Paths.Socket(part.Keeper), []uint32{part.RootUID, part.ReceiverUID}, k.serve)
+		cancel()
+		served <- err
+	}()
+	loopErr := env.Loop(serveCtx, tick, func(context.Context) error { return k.step() })
+	cancel()
+	err = errors.Join(loopErr, k.release(), <-served)
+	return err
+}
+
+// step is the main loop's: it looks for a disk that was mounted before the
+// keeper came (back), frees pushes that idle, and reports.
+func (k *Keeper) step() error {
+	k.mu.Lock()
+	attached, closing := k.store != nil, k.closing
+	k.mu.Unlock()
+	if !attached && !closing {
+		disk, err := status.Read[status.Disk](k.env.Paths.Status(part.Disk))
+		if err == nil && disk != nil && disk.State == status.DiskMounted && disk.Mounted {
+			if err := k.attach(); err != nil {
+				k.env.Log.Warn("the disk is mounted and cannot be used", "err", err)
+			}
+		}
+	}
+	k.freeIdle(IdleTimeout)
+	return k.report(false)
+}
+
+// attach opens the store on the disk. It may be repeated.
+func (k *Keeper) attach() error {
+	k.mu.Lock()
+	attached, closing := k.store != nil, k.closing
+	k.mu.Unlock()
+	if closing {
+		// An earlier release ran out of time: this may be another mount by now.
+		if err := k.release(); err != nil {
+			return err
+		}
+	} else if attached {
+		return nil
+	}
+	path := k.env.Paths.Disk()
+	if err := mountPoint(path); err != nil {
+		return hint.Because(fmt.Errorf("attach: %w", err), "this is the disk part's to solve; nothing was written")
+	}
+	store, err := generations.Open(path, generations.Options{
+		Shared: true, Reserve: k.brief.Reserve, Now: k.env.Now, ClockSet: k.clockSet, Log: k.env.Log,
+	})
+	if err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
+	k.mu.Lock()
+	if k.store != nil { // two at once
+		k.mu.Unlock()
+		return store.Close()
+	}
+	k.store, k.closing = store, false
+	k.mu.Unlock()
+	if err := k.known.refresh(store); err != nil {
+		k.env.Log.Error("the disk's generations cannot be listed", "err", err)
+	}
+	k.env.Log.Info("the disk is there", "free", free(store))
+	return k.report(true)
+}
+
+func free(store *generations.Store) int64 {
+	free, _, _, err := store.Space()
+	if err != nil {
+		return -1
+	}
+	return free
+}
+
+// mountPoint makes sure that nothing is written into the folder below a disk
+// that is not mounted (statx(2), STATX_ATTR_MOUNT_ROOT, Linux 5.8).
+func mountPoint(path string) error {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_NO_AUTOMOUNT, unix.STATX_BASIC_STATS, &st); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return fmt.Errorf("no disk is mounted on %s", path)
+	}
+	return nil
+}
+
+// clockSet says whether commit times can be believed.
+func (k *Keeper) clockSet() bool {
+	network, err := status.Read[status.Network](k.env.Paths.Status(part.Network))
+	if err != nil || network == nil {
+		return !k.env.Firmware // under another system that system sets the clock
+	}
+	return network.ClockSet && network.ClockJump == ""
+}
+
+var (
+	errClosing = errors.New("the disk is closing")
+	errDark    = errors.New("the disk is dark")
+)
+
+// refuseDark tells a peer that the disk is not there, as something that passes.
+func refuseDark(err error) error {
+	return hint.Exit(hint.ExitUnreachable, hint.Because(err, "wake it first: farkeep-pusher does, and so does ssh APPLIANCE wake --wait=600"))
+}
+
+// enter registers a verb that uses the disk. leave must be called; ctx ends when
+// the disk is wanted back.
+func (k *Keeper) enter(ctx context.Context) (_ context.Context, store *generations.Store, leave func(), err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	r := &run{cancel}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case k.closing:
+		err = refuseDark(errClosing)
+	case k.store == nil:
+		err = refuseDark(errDark)
+	case len(k.running) >= MaxRunning:
+		err = hint.Exit(hint.ExitUnreachable, hint.Because(errors.New("the appliance is busy with as much as it can do"), "try again in a minute"))
+	}
+	if err != nil {
+		cancel(err)
+		return nil, nil, nil, err
+	}
+	k.running[r] = struct{}{}
+	return ctx, k.store, func() {
+		cancel(nil)
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		delete(k.running, r)
+		if len(k.running) == 0 && k.none != nil {
+			close(k.none)
+			k.none = nil
+		}
+	}, nil
+}
+
+// release ends what is at work and lets go of the disk.
+func (k *Keeper) release() error {
+	k.mu.Lock()
+	if k.store == nil {
+		k.closing = false
+		k.mu.Unlock()
+		return nil
+	}
+	k.closing = true
+	for r := range k.running {
+		r.cancel(errClosing)
+	}
+	var none chan struct{}
+	if len(k.running) > 0 {
+		if k.none == nil {
+			k.none = make(chan struct{})
+		}
+		none = k.none
+	}
+	k.mu.Unlock()
+	if none != nil {
+		select {
+		case <-none:
+		case <-time.After(ReleaseTimeout):
+			return errors.New("release: the keeper still writes to the disk: ask again")
+		}
+	}
+	k.freeIdle(0)
+	k.mu.Lock()
+	store := k.store
+	k.store, k.closing = nil, false
+	k.mu.Unlock()
+	if store == nil {
+		return nil
+	}
+	k.env.Log.Info("the disk was let go of")
+	return errors.Join(store.Close(), k.report(true))
+}
+
+// report writes the status file when something changed, or now and then.
+func (k *Keeper) report(changed bool) error {
+	k.mu.Lock()
+	ready := k.store != nil && !k.closing
+	changed, k.dirty = changed || k.dirty, false
+	k.mu.Unlock()
+	if !changed {
+		return nil
+	}
+	s := k.known.status()
+	s.DiskReady, s.Updated = ready, k.env.Now()
+	return status.Write(k.env.Paths.Status(part.Keeper), s)
+}
+
+func (k *Keeper) changed() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.dirty = true
+}
+
+// serve answers one local call.
+func (k *Keeper) serve(ctx context.Context, req localcall.Request, conn *localcall.Conn) error {
+	switch req.Verb {
+	case keepercall.Attach, keepercall.Release:
+		if req.UID != part.RootUID {
+			return hint.Exit(hint.ExitRefused, fmt.Errorf("%s: only the disk part asks for that", req.Verb))
+		}
+		if req.Verb == keepercall.Attach {
+			return k.attach()
+		}
+		return k.release()
+	}
+	verb, ok := verbs[req.Verb]
+	if !ok {
+		return hint.Exit(hint.ExitUsage, fmt.Errorf("the keeper has no verb %.32q", req.Verb))
+	}
+	var args keepercall.Args
+	if err := req.Decode(&args); err != nil {
+		return err
+	}
+	c := &call{Keeper: k, args: args, conn: conn, log: k.env.Log.With("verb", req.Verb, "key", args.Key)}
+	start := k.env.Now()
+	err := verb(ctx, c)
+	if err != nil {
+		c.log.Warn("refused or failed", "repository", args.Repository, "push", args.Push, "err", err)
+	} else {
+		c.log.Info("done", "repository", args.Repository, "push", args.Push, "seconds", k.env.Now().Sub(start).Seconds())
+	}
+	k.changed()
+	return forPeer(err)
+}
+
+// forPeer keeps the appliance's own paths and words out of answers where they
+// say nothing to the peer, and gives codes to what it can act upon.
+func forPeer(err error) error {
+	if err == nil {
+		return nil
+	}
+	var space *generations.SpaceError
+	var quota *generations.QuotaError
+	switch {
+	case errors.As(err, &space):
+		err = hint.Exit(hint.ExitRefused, hint.Because(err, "a larger disk, or fewer repositories: nothing here is deleted to make room"))
+	case errors.As(err, &quota):
+		err = hint.Exit(hint.ExitRefused, hint.Because(err, "raise quota_bytes of this key in the appliance's farkeep.toml"))
+	case errors.Is(err, generations.ErrBusy):
+		err = hint.Exit(hint.ExitUnreachable, err)
+	case errors.Is(err, errClosing), errors.Is(err, context.Canceled):
+		err = refuseDark(errClosing)
+	}
+	return err
+}

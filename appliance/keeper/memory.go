@@ -1,0 +1,245 @@
+package keeper
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"farkeep/appliance/status"
+	"farkeep/shared/atomicfile"
+	"farkeep/shared/generations"
+	"farkeep/shared/hint"
+	"farkeep/shared/pushwire"
+)
+
+// memory is what the keeper knows while the disk is dark. It lies in the
+// keeper's folder on the state partition:
+//
+//	repositories.json        map of name to repository
+//	heartbeats/HOST.json     the last heartbeat of each host
+//
+// Either may be lost with the SD card: repositories are read again from the
+// disk, heartbeats come with the next push.
+type memory struct {
+	dir string
+	log *slog.Logger
+
+	mu           sync.Mutex // guards the fields below
+	repositories map[string]repository
+	heartbeats   map[string]beatFile
+}
+
+// repository is what is remembered of one.
+type repository struct {
+	Newest      string
+	Digest      string
+	NewestAt    time.Time
+	ConfirmedAt time.Time
+	Generations int
+	Suspect     bool
+	Bytes       int64
+}
+
+// beatFile is heartbeats/HOST.json.
+type beatFile struct {
+	Host       string
+	Key        string // whose heartbeats these are: no other key can send them
+	At         time.Time
+	ReceivedAt time.Time
+}
+
+// Limits of what is remembered, in hosts and bytes of a file.
+const (
+	maxHosts      = 64
+	maxMemory     = 1 << 20
+	heartbeatsDir = "heartbeats"
+)
+
+func openMemory(dir string, log *slog.Logger) (*memory, error) {
+	m := &memory{dir: dir, log: log, repositories: map[string]repository{}, heartbeats: map[string]beatFile{}}
+	if err := os.Mkdir(filepath.Join(dir, heartbeatsDir), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("keeper's memory: %w", err)
+	}
+	// What cannot be read is forgotten, and known again by tomorrow: an appliance
+	// that does not start for it would be the greater harm.
+	if err := readJSON(filepath.Join(dir, "repositories.json"), &m.repositories); err != nil {
+		log.Error("what was known of repositories is lost", "err", err)
+		m.repositories = map[string]repository{}
+	}
+	files, err := os.ReadDir(filepath.Join(dir, heartbeatsDir))
+	if err != nil {
+		return nil, fmt.Errorf("keeper's memory: %w", err)
+	}
+	for _, f := range files {
+		host, ok := strings.CutSuffix(f.Name(), ".json")
+		if !ok || pushwire.CheckRepository(host) != nil || len(m.heartbeats) == maxHosts {
+			continue
+		}
+		var b beatFile
+		if err := readJSON(filepath.Join(dir, heartbeatsDir, f.Name()), &b); err != nil || b.Host != host {
+			log.Error("a heartbeat is lost", "host", host, "err", err)
+			continue
+		}
+		m.heartbeats[host] = b
+	}
+	return m, nil
+}
+
+func readJSON(path string, v any) error {
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Size() > maxMemory {
+		return fmt.Errorf("%s has %d bytes, %d are the most", path, info.Size(), maxMemory)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(data, v); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// writeJSON replaces a file of the memory.
+func writeJSON(path string, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(path, append(data, '\n'), 0o644)
+}
+
+func (m *memory) saveRepositories() error {
+	return writeJSON(filepath.Join(m.dir, "repositories.json"), m.repositories)
+}
+
+// refresh takes over what the disk says of all repositories.
+func (m *memory) refresh(store *generations.Store) error {
+	names, err := store.Repositories()
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	next := map[string]repository{}
+	for _, name := range names {
+		r, err := m.look(store, name)
+		if errors.Is(err, generations.ErrNone) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		next[name] = r
+	}
+	for name := range m.repositories {
+		if _, ok := next[name]; !ok {
+			m.log.Warn("a repository that was known is not on this disk", "repository", name)
+		}
+	}
+	if maps.Equal(m.repositories, next) {
+		return nil // spare the SD card
+	}
+	m.repositories = next
+	return m.saveRepositories()
+}
+
+// look reads one repository's state from the disk.
+func (m *memory) look(store *generations.Store, name string) (repository, error) {
+	list, err := store.List(name)
+	if err != nil {
+		return repository{}, err
+	}
+	newest, err := store.Newest(name)
+	if err != nil {
+		return repository{}, err
+	}
+	r := repository{
+		Newest: newest.Name, Digest: newest.Digest.String(), NewestAt: newest.Committed.UTC(), ConfirmedAt: newest.Committed.UTC(),
+		Generations: len(list), Suspect: newest.Suspect, Bytes: newest.Bytes,
+	}
+	if old, ok := m.repositories[name]; ok && old.Newest == r.Newest && old.Digest == r.Digest {
+		r.ConfirmedAt = old.ConfirmedAt
+	}
+	return r, nil
+}
+
+// confirm takes note that the newest generation was offered or committed at now.
+func (m *memory) confirm(store *generations.Store, name string, now time.Time) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	r, err := m.look(store, name)
+	if err != nil {
+		return err
+	}
+	r.ConfirmedAt = now.UTC()
+	m.repositories[name] = r
+	return m.saveRepositories()
+}
+
+// beat records a heartbeat, if it is true: every repository that it names must
+// have just that content in its newest generation. When the pusher's clock says it was
+// is told to people, never judged by.
+func (m *memory) beat(key string, b pushwire.Heartbeat, now time.Time) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, r := range b.Repositories {
+		if known, ok := m.repositories[r.Name]; !ok || known.Digest != r.Digest {
+			err := fmt.Errorf("heartbeat refused: the newest generation of %s is not what the heartbeat says", r.Name)
+			return hint.Exit(hint.ExitRefused, hint.Because(err, "push %s first: a heartbeat means that everything is here", r.Name))
+		}
+	}
+	old, ok := m.heartbeats[b.Host]
+	if ok && old.Key != key {
+		err := fmt.Errorf("heartbeat refused: those of %s come with another key", b.Host)
+		return hint.Exit(hint.ExitRefused, hint.Because(err, "if the key was replaced, keep its name in the appliance's farkeep.toml"))
+	}
+	if !ok && len(m.heartbeats) >= maxHosts {
+		return hint.Exit(hint.ExitRefused, fmt.Errorf("heartbeat refused: %d hosts are known already, which is the most", maxHosts))
+	}
+	file := beatFile{Host: b.Host, Key: key, At: b.At.UTC(), ReceivedAt: now.UTC()}
+	if err := writeJSON(filepath.Join(m.dir, heartbeatsDir, b.Host+".json"), file); err != nil {
+		return err
+	}
+	m.heartbeats[b.Host] = file
+	for _, r := range b.Repositories {
+		known := m.repositories[r.Name]
+		known.ConfirmedAt = now.UTC()
+		m.repositories[r.Name] = known
+	}
+	return m.saveRepositories()
+}
+
+// status is the memory as the status file shows it.
+func (m *memory) status() status.Keeper {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var s status.Keeper
+	for _, name := range slices.Sorted(maps.Keys(m.repositories)) {
+		r := m.repositories[name]
+		s.Repositories = append(s.Repositories, status.RepositoryStatus{
+			Name: name, Newest: r.Newest, NewestAt: r.NewestAt, ConfirmedAt: r.ConfirmedAt, ChangedAt: r.NewestAt,
+			Generations: r.Generations, Suspect: r.Suspect, Bytes: r.Bytes,
+		})
+	}
+	for _, host := range slices.Sorted(maps.Keys(m.heartbeats)) {
+		b := m.heartbeats[host]
+		s.Heartbeats = append(s.Heartbeats, status.Heartbeat{Host: b.Host, At: b.At, ReceivedAt: b.ReceivedAt})
+	}
+	return s
+}

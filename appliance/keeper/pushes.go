@@ -1,0 +1,316 @@
+package keeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"farkeep/appliance/keepercall"
+	"farkeep/shared/generations"
+	"farkeep/shared/hint"
+	"farkeep/shared/pushwire"
+)
+
+// push is a repository's transaction, held from its offer to its commit, over
+// several verbs.
+//
+//	      offer             upload, commit
+//	free ───────▶ idle ◀───────────────────▶ busy
+//	  ▲            │                          │ commit, abort, cut, stall
+//	  └────────────┴──── IdleTimeout ─────────┘
+type push struct {
+	repository string
+	key        string
+
+	// progress is when bytes last came or a verb ended, as the time since born:
+	// not by the wall clock, which NTP may throw by years.
+	born     time.Time
+	progress atomic.Int64
+
+	// Guarded by the Keeper's mutex.
+	tx     *generations.Transaction // nil while the offer is being made
+	busy   bool
+	cancel context.CancelCauseFunc // of the verb that is busy
+	ended  chan struct{}           // closed when that verb ended
+}
+
+func (p *push) touch() { p.progress.Store(int64(time.Since(p.born))) }
+
+func (p *push) silent() time.Duration { return time.Since(p.born) - time.Duration(p.progress.Load()) }
+
+var errTaken = errors.New("a newer attempt at the same repository took over")
+
+// claim makes the repository's push for an offer. One that was left by the same
+// key between verbs is closed; one whose peer has been silent, busy or not, is
+// ended. Otherwise it is ErrBusy.
+func (c *call) claim(ctx context.Context, repository string, cancel context.CancelCauseFunc) (*push, error) {
+	for {
+		c.mu.Lock()
+		old := c.pushes[repository]
+		if old == nil {
+			p := &push{repository: repository, key: c.args.Key, born: time.Now(), busy: true, cancel: cancel, ended: make(chan struct{})}
+			c.pushes[repository] = p
+			c.mu.Unlock()
+			return p, nil
+		}
+		if !old.busy {
+			if old.key != c.args.Key && old.silent() < IdleTimeout {
+				c.mu.Unlock()
+				return nil, busy(repository)
+			}
+			delete(c.pushes, repository)
+			c.mu.Unlock()
+			old.tx.Close()
+			continue
+		}
+		if old.key != c.args.Key || old.silent() < TakeoverAfter {
+			c.mu.Unlock()
+			return nil, busy(repository)
+		}
+		old.cancel(errTaken)
+		ended := old.ended
+		c.mu.Unlock()
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(TakeoverAfter):
+			return nil, busy(repository)
+		}
+	}
+}
+
+func busy(repository string) error {
+	return hint.Because(fmt.Errorf("push %s: %w", repository, generations.ErrBusy), "wait for it to end; one that is stalled can be taken over after %v", TakeoverAfter)
+}
+
+// use finds the push of that id and makes it busy for a verb.
+func (c *call) use(id string, cancel context.CancelCauseFunc) (*push, error) {
+	repository, err := generations.PushRepository(id)
+	if err != nil {
+		return nil, hint.Exit(hint.ExitUsage, err)
+	}
+	if err := c.allowed(repository); err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.pushes[repository]
+	if p == nil || p.tx == nil || p.tx.ID() != id || p.key != c.args.Key {
+		return nil, hint.Exit(hint.ExitUnreachable, hint.Because(fmt.Errorf("push %s is not open", id), "offer it again: what was uploaded is kept"))
+	}
+	if p.busy {
+		return nil, busy(repository)
+	}
+	p.busy, p.cancel, p.ended = true, cancel, make(chan struct{})
+	p.touch()
+	return p, nil
+}
+
+// done ends a verb's use of a push. Without keep the repository is free again.
+func (k *Keeper) done(p *push, keep bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	p.touch()
+	p.busy = false
+	if !keep {
+		if p.tx != nil {
+			p.tx.Close()
+		}
+		if k.pushes[p.repository] == p {
+			delete(k.pushes, p.repository)
+		}
+	}
+	close(p.ended)
+}
+
+// freeIdle closes the pushes that nobody used for longer than limit.
+func (k *Keeper) freeIdle(limit time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for name, p := range k.pushes {
+		if !p.busy && p.silent() >= limit {
+			p.tx.Close()
+			delete(k.pushes, name)
+		}
+	}
+}
+
+func offer(ctx context.Context, c *call) error {
+	if err := errors.Join(c.pushKey(), c.allowed(c.args.Repository)); err != nil {
+		return err
+	}
+	ctx, store, leave, err := c.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p, err := c.claim(ctx, c.args.Repository, cancel)
+	if err != nil {
+		return err
+	}
+	keep := false
+	defer func() { c.done(p, keep) }()
+
+	raw, stop := c.reader(ctx, p.touch)
+	defer stop()
+	r := pushwire.NewReader(raw)
+	var o pushwire.Offer
+	if err := pushwire.ReadLine(r, &o); err != nil {
+		return hint.Exit(hint.ExitUsage, fmt.Errorf("read the offer: %w", err))
+	}
+	answer, tx, err := store.Begin(ctx, generations.Request{Repository: c.args.Repository, Offer: o, Pusher: c.args.Key, Quota: c.args.Quota})
+	if err != nil {
+		return err
+	}
+	if tx != nil {
+		c.mu.Lock()
+		p.tx = tx
+		c.mu.Unlock()
+	} else {
+		if err := c.confirmed(store, c.args.Repository); err != nil {
+			return err
+		}
+		return c.answer(answer.OfferAnswer, keepercall.ThenEnd)
+	}
+	if answer.Answer == pushwire.AnswerSendManifest {
+		if err := c.answer(answer.OfferAnswer, keepercall.ThenLine); err != nil {
+			return err
+		}
+		if answer, err = tx.TakeManifest(ctx, r); err != nil {
+			return err
+		}
+	}
+	if err := c.answer(answer.OfferAnswer, keepercall.ThenRaw); err != nil {
+		return err
+	}
+	late := time.AfterFunc(StallTimeout, func() { c.conn.Close() })
+	defer late.Stop()
+	if _, err := answer.Needed.WriteTo(c.conn); err != nil {
+		return err
+	}
+	keep = true
+	return nil
+}
+
+func upload(ctx context.Context, c *call) error {
+	if err := c.pushKey(); err != nil {
+		return err
+	}
+	ctx, _, leave, err := c.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p, err := c.use(c.args.Push, cancel)
+	if err != nil {
+		return err
+	}
+	keep := false
+	defer func() { c.done(p, keep) }()
+	r, stop := c.reader(ctx, p.touch)
+	defer stop()
+	got, err := p.tx.Receive(ctx, r)
+	if err != nil {
+		return err
+	}
+	keep = true
+	return c.answer(got, keepercall.ThenEnd)
+}
+
+func commit(ctx context.Context, c *call) error {
+	if err := c.pushKey(); err != nil {
+		return err
+	}
+	ctx, store, leave, err := c.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p, err := c.use(c.args.Push, cancel)
+	if err != nil {
+		// A commit whose answer was lost is asked for again.
+		if g, ok := store.Committed(c.args.Push); ok && c.sees(g.Repository) && g.Pusher == c.args.Key {
+			return c.answer(pushwire.CommitAnswer{Generation: g.Name, Suspect: g.Suspect}, keepercall.ThenEnd)
+		}
+		return err
+	}
+	defer c.done(p, false)
+	// A commit of many files sends nothing for minutes, and is not silent.
+	working := p.working()
+	defer working()
+	name, err := p.tx.Commit(ctx)
+	if err != nil {
+		return err
+	}
+	if err := c.confirmed(store, p.repository); err != nil {
+		return err
+	}
+	g, err := store.Generation(p.repository, name)
+	if err != nil {
+		return err
+	}
+	c.log.Info("a new generation", "repository", p.repository, "generation", name, "files", g.Files, "new_files", g.NewFiles, "new_bytes", g.NewBytes)
+	return c.answer(pushwire.CommitAnswer{Generation: name, Suspect: g.Suspect}, keepercall.ThenEnd)
+}
+
+// working keeps the push from being taken over until the returned func is called.
+func (p *push) working() (stop func()) {
+	done := make(chan struct{})
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		t := time.NewTicker(TakeoverAfter / 4)
+		defer t.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-t.C:
+				p.touch()
+			}
+		}
+	})
+	return func() {
+		close(done)
+		wait.Wait()
+	}
+}
+
+func abort(ctx context.Context, c *call) error {
+	if err := c.pushKey(); err != nil {
+		return err
+	}
+	ctx, _, leave, err := c.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p, err := c.use(c.args.Push, cancel)
+	if err != nil {
+		return err
+	}
+	defer c.done(p, false)
+	if err := p.tx.Abort(ctx); err != nil {
+		return err
+	}
+	return c.answer(struct{}{}, keepercall.ThenEnd)
+}
+
+// confirmed takes note that the newest generation is what the repository is now.
+func (c *call) confirmed(store *generations.Store, repository string) error {
+	if err := c.known.confirm(store, repository, c.env.Now()); err != nil {
+		return err
+	}
+	return c.report(true)
+}
