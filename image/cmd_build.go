@@ -70,7 +70,7 @@ checked against Debian's keys. They are kept: the next build needs no network.`,
 	f.StringVar(&o.Cache, "cache", "", "directory for downloads (default: farkeep in the user's cache directory)")
 	f.StringVar(&mirror, "mirror", "", "address of a Debian mirror (default: FARKEEP_APT_MIRROR, else the one that this machine's apt uses)")
 	f.BoolVar(&o.Update, "update", false, "look for newer packages first")
-	f.BoolVar(&o.Compress, "compress", false, "also write the image compressed, with .zst appended to its name")
+	f.BoolVar(&o.Compress, "compress", false, "also write the image compressed, with .xz appended to its name")
 	return cmd
 }
 

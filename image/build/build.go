@@ -58,7 +58,7 @@ type Options struct {
 	Cache     string // directory for downloads, kept between runs
 	Mirror    debian.Mirror
 	Update    bool // look for newer packages even if the cache has some
-	Compress  bool // also write Out + ".zst"
+	Compress  bool // also write Out + ".xz"
 	Log       *slog.Logger
 }
 
@@ -173,7 +173,7 @@ func Build(ctx context.Context, o Options) (Result, error) {
 		}
 	}
 	if o.Compress {
-		r.Compressed = o.Out + ".zst"
+		r.Compressed = o.Out + ".xz"
 		o.Log.Info("compressing the image", "path", r.Compressed)
 		return r, sdcard.Compress(ctx, o.Out, r.Compressed)
 	}

@@ -1,47 +1,41 @@
 package sdcard
 
 import (
+	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"os"
+	"os/exec"
+	"strings"
+	"time"
 
-	"github.com/klauspost/compress/zstd"
+	"farkeep/image/debian"
 )
 
-// window is how far back the compressor looks for repetitions. The two slots
-// lie 120 MiB apart, and 128 MiB is the most that decoders accept unasked.
-const window = 128 << 20
+// dictionary is how far back the compressor looks for repetitions: beyond the
+// 120 MiB between the slots, so that the second one costs nothing. Unpacking
+// needs as much memory.
+const dictionary = "128MiB"
 
-// Compress writes a zstd copy of an image, readable by every zstd decoder
-// without options and by Raspberry Pi Imager. One thread, so that the bytes
-// depend on the image alone.
+// Compress writes an xz copy of an image, which Raspberry Pi Imager and Etcher
+// read on every system; of zstd files that is not true. One thread, so that the
+// bytes depend on the image and the version of xz alone.
 func Compress(ctx context.Context, image, to string) error {
-	in, err := os.Open(image)
-	if err != nil {
-		return fmt.Errorf("compress image: %w", err)
+	if err := debian.Tool("xz", "xz-utils"); err != nil {
+		return err
 	}
-	defer in.Close()
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Minute)
+	defer cancel()
 	return replace(to, 0o644, func(out *os.File) error {
-		enc, err := zstd.NewWriter(out, zstd.WithEncoderConcurrency(1),
-			zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(window))
-		if err != nil {
-			return err
+		cmd := exec.CommandContext(ctx, "xz", "--threads=1", "--check=crc64", "--lzma2=preset=6,dict="+dictionary, "--stdout", "--", image)
+		// The environment can carry options of its own.
+		cmd.Env = append(os.Environ(), "XZ_DEFAULTS=", "XZ_OPT=")
+		var messages bytes.Buffer
+		cmd.Stdout, cmd.Stderr = out, &messages
+		cmd.WaitDelay = time.Second
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("xz: %w: %s", err, strings.TrimSpace(messages.String()))
 		}
-		_, err = io.Copy(enc, &cancellable{ctx, in})
-		return errors.Join(err, enc.Close())
+		return nil
 	})
-}
-
-type cancellable struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c *cancellable) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
 }
