@@ -1,0 +1,173 @@
+package disk
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"farkeep/appliance/status"
+)
+
+// When the whole file system is checked, though nothing is known to be wrong. A
+// full check of a large disk takes a good part of a night's window.
+const (
+	checkAfterMounts = 120
+	checkAfterTime   = 120 * 24 * time.Hour
+)
+
+// superblock is what we read of ext4's (Linux, Documentation/filesystems/ext4,
+// "The Super Block").
+type superblock struct {
+	mounts    uint16
+	state     uint16
+	errors    uint32 // errors the kernel has met since the last check
+	lastCheck time.Time
+}
+
+const (
+	superblockAt = 1024
+	ext4Magic    = 0xef53
+	stateErrors  = 2 // EXT4_ERROR_FS
+)
+
+func readSuperblock(r io.ReaderAt) (*superblock, error) {
+	b := make([]byte, 1024)
+	if _, err := r.ReadAt(b, superblockAt); err != nil {
+		return nil, fmt.Errorf("read the file system's superblock: %w", err)
+	}
+	if binary.LittleEndian.Uint16(b[0x38:]) != ext4Magic {
+		return nil, errors.New("there is no ext4 file system behind the encryption")
+	}
+	return &superblock{
+		mounts:    binary.LittleEndian.Uint16(b[0x34:]),
+		state:     binary.LittleEndian.Uint16(b[0x3a:]),
+		lastCheck: time.Unix(int64(binary.LittleEndian.Uint32(b[0x40:]))|int64(b[0x277])<<32, 0),
+		errors:    binary.LittleEndian.Uint32(b[0x194:]),
+	}, nil
+}
+
+func (s *superblock) needsCheck(now time.Time) string {
+	switch {
+	case s.state&stateErrors != 0 || s.errors > 0:
+		return "the kernel met errors in it"
+	case s.mounts >= checkAfterMounts:
+		return fmt.Sprintf("it was mounted %d times since the last check", s.mounts)
+	case !now.IsZero() && now.Sub(s.lastCheck) > checkAfterTime:
+		return fmt.Sprintf("the last check was on %s", s.lastCheck.UTC().Format(time.DateOnly))
+	}
+	return ""
+}
+
+// fsckPrograms is where e2fsck may lie: in the firmware, on Debian.
+var fsckPrograms = []string{"/sbin/e2fsck", "/usr/sbin/e2fsck"}
+
+type fsck struct {
+	log      *slog.Logger
+	programs []string
+}
+
+// run runs e2fsck -p, which repairs only what it can repair without a choice;
+// its exit codes: e2fsck(8).
+func (c fsck) run(ctx context.Context, node string, full bool) error {
+	program := ""
+	for _, p := range c.programs {
+		if _, err := os.Stat(p); err == nil {
+			program = p
+			break
+		}
+	}
+	if program == "" {
+		return failed(status.ErrorFileSystem, "e2fsck is missing (%s): install e2fsprogs", strings.Join(c.programs, ", "))
+	}
+	args := []string{"-p", "-C", "3"} // progress on descriptor 3
+	if full {
+		args = append(args, "-f")
+	}
+	cmd := exec.CommandContext(ctx, program, append(args, node)...)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.WaitDelay = 5 * time.Second
+	// e2fsck ends in order when it is interrupted; SIGKILL in the middle of a
+	// repair would not harm either, but leaves the journal to be replayed.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	var out limitedText
+	cmd.Stdout, cmd.Stderr = &out, &out
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	cmd.ExtraFiles = []*os.File{w}
+	begin := time.Now()
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		r.Close()
+		return fmt.Errorf("start e2fsck: %w", err)
+	}
+	watched := make(chan struct{})
+	go func() { defer close(watched); c.progress(r) }()
+	err = cmd.Wait()
+	r.Close() // an e2fsck that could not be killed must not keep us
+	<-watched
+	text := strings.Join(strings.Fields(string(out)), " ")
+	var exit *exec.ExitError
+	code := 0
+	if errors.As(err, &exit) {
+		code = exit.ExitCode()
+	} else if err != nil {
+		return fmt.Errorf("e2fsck: %w", err)
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	log := c.log.With("took", time.Since(begin).Round(10*time.Millisecond), "full", full)
+	switch {
+	case code == 0:
+		log.Info("the file system is clean", "e2fsck", text)
+		return nil
+	case code >= 1 && code&^3 == 0: // 1: errors corrected; 2: a mounted file system must be rebooted for that
+		log.Warn("the file system had errors, which were corrected", "e2fsck", text)
+		return nil
+	case code&4 != 0:
+		return failed(status.ErrorFileSystem, "the file system has errors that need a person: attach the disk to a Linux machine, open it with the recovery key, and run e2fsck: %s", text)
+	default:
+		return failed(status.ErrorFileSystem, "e2fsck ended with code %d: %s", code, text)
+	}
+}
+
+// progress logs e2fsck's progress lines, "PASS CURRENT MAXIMUM DEVICE", at
+// every tenth of each of its five passes.
+func (c fsck) progress(r io.Reader) {
+	lines := bufio.NewScanner(r)
+	lastPass, lastTenth := 0, 0
+	for lines.Scan() {
+		var pass, at, of int
+		if n, err := fmt.Sscan(lines.Text(), &pass, &at, &of); n < 3 || err != nil || of <= 0 {
+			continue
+		}
+		if tenth := 10 * at / of; pass != lastPass || tenth != lastTenth {
+			if pass == lastPass || tenth > 0 {
+				c.log.Info("checking the file system", "pass", pass, "of", 5, "percent", 10*tenth)
+			}
+			lastPass, lastTenth = pass, tenth
+		}
+	}
+}
+
+// limitedText keeps the beginning of what a program says.
+type limitedText []byte
+
+func (t *limitedText) Write(p []byte) (int, error) {
+	const limit = 2000
+	if room := limit - len(*t); room > 0 {
+		*t = append(*t, p[:min(room, len(p))]...)
+	}
+	return len(p), nil
+}
