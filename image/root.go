@@ -61,6 +61,7 @@ func newRootCmd(env *Env) *cobra.Command {
 		newBuildCmd(env),
 		newPersonaliseCmd(env),
 		newSiteCmd(env),
+		newEmulateCmd(env),
 	)
 	return root
 }

@@ -60,8 +60,10 @@ func TestLineLevel(t *testing.T) {
 			t.Errorf("a Pi has line %d", n)
 		}
 	}
-	if _, err := Generic.line(3); err == nil {
-		t.Error("the power button's line switches a relay")
+	for _, n := range []int{-1, 8} {
+		if _, err := Generic.line(n); err == nil {
+			t.Errorf("a generic machine has line %d", n)
+		}
 	}
 }
 

@@ -56,9 +56,9 @@ func (m Machine) line(n int) (line, error) {
 			direction: bcmSelect + 4*(u/10), shift: uint(3 * (n % 10)), mask: 7, output: 1,
 		}, nil
 	case Generic:
-		// Line 3 is the generic machine's power button.
-		if n < 0 || n > 7 || n == 3 {
-			return line{}, fmt.Errorf("the generic machine has no free GPIO line %d (0 to 7, without 3)", n)
+		// Line 3 is also the machine's power button; a kernel without gpio-keys leaves it free.
+		if n < 0 || n > 7 {
+			return line{}, fmt.Errorf("the generic machine has no GPIO line %d (0 to 7)", n)
 		}
 		return line{
 			level: pl061Data, levelBit: uint(n),
