@@ -1,0 +1,330 @@
+// Package audit is the key server's memory of what it decided: files of one
+// JSON object per line, only ever appended to.
+//
+// Every line carries the BLAKE2b-256 hash of the line before it, so that
+// [Verify] finds a line that was removed, changed or put in between. Such a
+// chain cannot show that its end was cut off or that all of it was written
+// anew: for that, a head ([Log.Append] returns it, the server logs it) has to be
+// noted elsewhere and shown to [Verify].
+//
+// Append returns nil only when the line is on the disk. The caller must then,
+// and only then, do what the line says: no record, no key.
+//
+// The current file is audit.log. At [MaxFile] bytes it is renamed to
+// audit-SEQUENCE.log, by its first record, and the chain goes on in a new one.
+// Nothing here deletes a file; a person may remove the oldest ones, and Verify
+// then says from which record on the chain is whole. A record is about 400
+// bytes, and callers bound how many an attacker can cause.
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+	"strings"
+	"time"
+
+	"farkeep/shared/atomicfile"
+
+	"golang.org/x/crypto/blake2b"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// MaxLine bounds a line, in bytes with its newline.
+	MaxLine = 4096
+	// MaxFile is the size, in bytes, at which a file is closed and the next begun.
+	MaxFile = 8 << 20
+
+	current  = "audit.log"
+	lockName = "audit.lock"
+	// eventTorn follows the rest of a line that a power cut left unfinished.
+	eventTorn = "torn"
+)
+
+// origin is the Prev of the first record ever.
+var origin = strings.Repeat("0", 64)
+
+// ErrDamaged is wrapped by errors that mean: somebody or something has altered
+// the log.
+var ErrDamaged = errors.New("the audit log is damaged")
+
+// Record is one decision.
+type Record struct {
+	Seq       uint64    `json:"seq"`                 // from 1; set by Append
+	Time      time.Time `json:"time"`                // UTC
+	Event     string    `json:"event"`               // key, lease, checkin, connect, revoke, allow, add, start, repeated
+	Decision  string    `json:"decision"`            // granted, refused, failed, done
+	Reason    string    `json:"reason,omitempty"`    // why
+	Appliance string    `json:"appliance,omitempty"` // its name in site.toml
+	UUID      string    `json:"uuid,omitempty"`      // the disk
+	Remote    string    `json:"remote,omitempty"`    // address and port
+	Identity  string    `json:"identity,omitempty"`  // fingerprint of the SSH key
+	By        string    `json:"by,omitempty"`        // who typed the command
+	Count     int       `json:"count,omitempty"`     // repeated: how often more
+	Torn      string    `json:"torn,omitempty"`      // torn: hash of the unfinished line
+	Prev      string    `json:"prev"`                // hash of the line before; set by Append
+}
+
+// Log appends to the audit log of one folder. Several processes may do so at once.
+type Log struct {
+	// RotateAt is MaxFile; set another size before the first Append.
+	RotateAt int64
+
+	dir string
+	now func() time.Time
+}
+
+// Open prepares appending to the log in dir, which must exist.
+func Open(dir string, now func() time.Time) (*Log, error) {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the audit log: %w", err)
+	}
+	if !info.IsDir() {
+		return nil, fmt.Errorf("open the audit log: %s is not a folder", dir)
+	}
+	return &Log{RotateAt: MaxFile, dir: dir, now: now}, nil
+}
+
+// Append makes r the next record, durably, and returns the new head: the hash
+// that the next record will carry. Time is set where it is zero.
+func (l *Log) Append(r Record) (head string, err error) {
+	unlock, err := lock(l.dir, unix.LOCK_EX)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	f, size, err := l.openCurrent()
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	t, err := tail(f, size)
+	if err != nil {
+		return "", err
+	}
+	if t.last == nil {
+		if t.last, err = l.lastOfPredecessor(); err != nil {
+			return "", err
+		}
+	}
+	var lines []byte
+	last := t.last
+	switch {
+	case len(t.torn) == 0:
+	case l.follows(t.torn, last): // only its newline is missing
+		lines, last = []byte("\n"), t.torn
+	default:
+		torn := Record{Event: eventTorn, Decision: "done", Reason: fmt.Sprintf("a line of %d bytes was cut off, by a power cut or a full disk", len(t.torn)), Torn: hash(t.torn)}
+		if lines, last, err = l.next(torn, last); err != nil {
+			return "", err
+		}
+		lines = append([]byte("\n"), lines...) // ends the unfinished line
+	}
+	line, last, err := l.next(r, last)
+	if err != nil {
+		return "", err
+	}
+	lines = append(lines, line...)
+	if err := write(f, lines, size); err != nil {
+		return "", fmt.Errorf("append to the audit log: %w", err)
+	}
+	if size+int64(len(lines)) >= l.RotateAt {
+		// The record is durable; that the file stays too large for a while is no failure of it.
+		_ = l.rotate()
+	}
+	return hash(last), nil
+}
+
+// follows reports whether line is the record after last.
+func (l *Log) follows(line, last []byte) bool {
+	var r Record
+	prev := origin
+	if last != nil {
+		prev = hash(last)
+	}
+	return json.Unmarshal(line, &r) == nil && r.Prev == prev
+}
+
+// next completes r as the record after last and returns its line, with and
+// without the newline.
+func (l *Log) next(r Record, last []byte) (line, bare []byte, err error) {
+	r.Seq, r.Prev = 1, origin
+	if last != nil {
+		var before Record
+		if err := json.Unmarshal(last, &before); err != nil {
+			return nil, nil, fmt.Errorf("%w: its last line is not a record", ErrDamaged)
+		}
+		r.Seq, r.Prev = before.Seq+1, hash(last)
+	}
+	if r.Time.IsZero() {
+		r.Time = l.now()
+	}
+	r.Time = r.Time.UTC().Truncate(time.Millisecond)
+	for _, s := range []*string{&r.Reason, &r.Remote, &r.By, &r.Appliance, &r.UUID, &r.Identity} {
+		*s = clip(*s, 300)
+	}
+	bare, err = json.Marshal(r)
+	if err != nil {
+		return nil, nil, fmt.Errorf("write an audit record: %w", err)
+	}
+	if len(bare)+1 > MaxLine {
+		return nil, nil, fmt.Errorf("write an audit record: %d bytes are more than %d", len(bare)+1, MaxLine)
+	}
+	return append(bytes.Clone(bare), '\n'), bare, nil
+}
+
+func clip(s string, n int) string {
+	if len(s) > n {
+		s = strings.ToValidUTF8(s[:n], "")
+	}
+	return s
+}
+
+// write appends lines to f, which is size bytes long, all or nothing.
+func write(f *os.File, lines []byte, size int64) error {
+	if _, err := f.Write(lines); err != nil {
+		// A full disk may have taken part of it.
+		return errors.Join(err, f.Truncate(size))
+	}
+	if err := f.Sync(); err != nil {
+		return errors.Join(err, f.Truncate(size))
+	}
+	return nil
+}
+
+func (l *Log) openCurrent() (*os.File, int64, error) {
+	path := filepath.Join(l.dir, current)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		if f, err = os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE|os.O_EXCL, 0o600); err == nil {
+			err = atomicfile.SyncDir(l.dir)
+		}
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("open the audit log: %w", err)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, 0, fmt.Errorf("open the audit log: %w", err)
+	}
+	return f, info.Size(), nil
+}
+
+// ending is how a file ends: its last complete line, nil for none, and what
+// follows that line.
+type ending struct{ last, torn []byte }
+
+func tail(f *os.File, size int64) (ending, error) {
+	n := min(size, 3*MaxLine)
+	b := make([]byte, n)
+	if _, err := f.ReadAt(b, size-n); err != nil && !errors.Is(err, io.EOF) {
+		return ending{}, fmt.Errorf("read the audit log: %w", err)
+	}
+	end := bytes.LastIndexByte(b, '\n')
+	t := ending{torn: b[end+1:]}
+	if end < 0 {
+		if size > n {
+			return ending{}, fmt.Errorf("%w: it ends in a line of more than %d bytes", ErrDamaged, n)
+		}
+		return t, nil
+	}
+	b = b[:end]
+	t.last = b[bytes.LastIndexByte(b, '\n')+1:]
+	return t, nil
+}
+
+// lastOfPredecessor returns the last line of the newest file that is full, nil
+// where there is none.
+func (l *Log) lastOfPredecessor() ([]byte, error) {
+	names, err := files(l.dir)
+	if err != nil {
+		return nil, err
+	}
+	for i := len(names) - 1; i >= 0; i-- {
+		if filepath.Base(names[i]) == current {
+			continue
+		}
+		f, err := os.Open(names[i])
+		if err != nil {
+			return nil, fmt.Errorf("read the audit log: %w", err)
+		}
+		defer f.Close()
+		info, err := f.Stat()
+		if err != nil {
+			return nil, fmt.Errorf("read the audit log: %w", err)
+		}
+		t, err := tail(f, info.Size())
+		if err == nil && (t.last == nil || len(t.torn) > 0) {
+			err = fmt.Errorf("%w: %s does not end in a record", ErrDamaged, names[i])
+		}
+		return t.last, err
+	}
+	return nil, nil
+}
+
+// rotate gives the current file its final name. The next Append begins a new one.
+func (l *Log) rotate() error {
+	path := filepath.Join(l.dir, current)
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	line, err := bufio.NewReaderSize(f, MaxLine).ReadSlice('\n')
+	if err != nil {
+		return err
+	}
+	var first Record
+	if err := json.Unmarshal(line, &first); err != nil {
+		return err
+	}
+	if err := os.Rename(path, filepath.Join(l.dir, fmt.Sprintf("audit-%012d.log", first.Seq))); err != nil {
+		return err
+	}
+	return atomicfile.SyncDir(l.dir)
+}
+
+// files are the log's files, oldest first.
+func files(dir string) ([]string, error) {
+	old, err := filepath.Glob(filepath.Join(dir, "audit-*.log"))
+	if err != nil {
+		return nil, err
+	}
+	sort.Strings(old)
+	if _, err := os.Stat(filepath.Join(dir, current)); err == nil {
+		old = append(old, filepath.Join(dir, current))
+	}
+	return old, nil
+}
+
+func lock(dir string, how int) (unlock func(), err error) {
+	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock the audit log: %w", err)
+	}
+	// Every holder is done within milliseconds, so this waits without a bound of its own.
+	for err = unix.EINTR; err == unix.EINTR; {
+		err = unix.Flock(int(f.Fd()), how)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock the audit log: %w", err)
+	}
+	return func() { f.Close() }, nil
+}
+
+func hash(line []byte) string {
+	sum := blake2b.Sum256(line)
+	return hex.EncodeToString(sum[:])
+}

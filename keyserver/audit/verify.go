@@ -1,0 +1,141 @@
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// Summary is what Verify found.
+type Summary struct {
+	Records uint64
+	First   uint64 // sequence number of the oldest record; above 1 where old files were removed
+	Head    string // hash of the newest line; "" for an empty log
+	Torn    int    // lines that a power cut left unfinished and the log owns up to
+	Heads   int    // how many of the expected heads are in the chain
+}
+
+// Verify checks the whole chain in dir. expect names heads that were noted
+// elsewhere: each must be in the chain. An error that wraps ErrDamaged names the
+// file and the line.
+func Verify(dir string, expect ...string) (Summary, error) {
+	var s Summary
+	wanted := map[string]bool{}
+	for _, h := range expect {
+		wanted[h] = true
+	}
+	err := Read(dir, func(line []byte, r Record) error {
+		if s.Records == 0 {
+			s.First = r.Seq
+		}
+		s.Records++
+		if r.Event == eventTorn {
+			s.Torn++
+		}
+		s.Head = hash(line)
+		if wanted[s.Head] {
+			delete(wanted, s.Head)
+			s.Heads++
+		}
+		return nil
+	})
+	if err == nil && len(wanted) > 0 {
+		err = fmt.Errorf("%w: %d of the %d heads noted elsewhere are not in it: its end was cut off, or it was written anew", ErrDamaged, len(wanted), len(expect))
+	}
+	return s, err
+}
+
+// Read calls f for every record, oldest first, and checks the chain on the way.
+// line is valid during the call. An unfinished line at the very end is passed
+// over: the next Append owns up to it.
+func Read(dir string, f func(line []byte, r Record) error) error {
+	if _, err := os.Stat(filepath.Join(dir, lockName)); err == nil {
+		unlock, err := lock(dir, unix.LOCK_SH)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
+	names, err := files(dir)
+	if err != nil {
+		return err
+	}
+	c := &chain{f: f}
+	for _, name := range names {
+		if err := c.file(name, filepath.Base(name) == current); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// chain follows the records through the files.
+type chain struct {
+	f    func([]byte, Record) error
+	seq  uint64 // of the last record; 0 before the first
+	prev string // hash of the last record's line
+	bad  []byte // a line that is no record, until the record after it owns up to it
+}
+
+func (c *chain) file(name string, last bool) error {
+	file, err := os.Open(name)
+	if err != nil {
+		return fmt.Errorf("read the audit log: %w", err)
+	}
+	defer file.Close()
+	in := bufio.NewReaderSize(file, 3*MaxLine)
+	for n := 1; ; n++ {
+		line, err := in.ReadSlice('\n')
+		switch {
+		case errors.Is(err, io.EOF):
+			if len(line) > 0 && !last {
+				return fmt.Errorf("%w: %s:%d is not finished", ErrDamaged, name, n)
+			}
+			if c.bad != nil {
+				return fmt.Errorf("%w: %s:%d is no record", ErrDamaged, name, n-1)
+			}
+			return nil
+		case err != nil:
+			return fmt.Errorf("%w: %s:%d: %v", ErrDamaged, name, n, err)
+		}
+		if err := c.line(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
+			if errors.Is(err, ErrDamaged) {
+				err = fmt.Errorf("%w (%s:%d)", err, name, n)
+			}
+			return err
+		}
+	}
+}
+
+func (c *chain) line(line []byte) error {
+	var r Record
+	if err := json.Unmarshal(line, &r); err != nil {
+		if c.bad != nil {
+			return fmt.Errorf("%w: a line is no record", ErrDamaged)
+		}
+		c.bad = bytes.Clone(line)
+		return nil
+	}
+	if c.bad != nil {
+		if r.Event != eventTorn || r.Torn != hash(c.bad) {
+			return fmt.Errorf("%w: the line before is no record", ErrDamaged)
+		}
+		c.bad = nil
+	}
+	switch {
+	case c.seq == 0 && r.Seq == 1 && r.Prev != origin,
+		c.seq != 0 && r.Prev != c.prev:
+		return fmt.Errorf("%w: record %d does not follow the one before it: something was changed, removed or put in between", ErrDamaged, r.Seq)
+	case r.Seq == 0, c.seq != 0 && r.Seq != c.seq+1:
+		return fmt.Errorf("%w: record %d follows record %d", ErrDamaged, r.Seq, c.seq)
+	}
+	c.seq, c.prev = r.Seq, hash(line)
+	return c.f(line, r)
+}

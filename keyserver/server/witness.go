@@ -1,0 +1,115 @@
+package server
+
+import (
+	"fmt"
+	"log/slog"
+	"sort"
+	"sync"
+	"time"
+
+	"farkeep/keyserver/audit"
+	"farkeep/shared/keywire"
+)
+
+const (
+	// repeatWindow and repeatLimit bound what a peer can make the audit log
+	// grow by: of the same event with the same outcome, this many are written
+	// in full in each window; the others are counted, and the count is written.
+	repeatWindow = time.Hour
+	repeatLimit  = 20
+)
+
+// witness writes decisions to the audit log and keeps a flood of equal ones
+// from filling the disk, which would stop the service: without a record there
+// is no key.
+type witness struct {
+	log  *slog.Logger
+	to   *audit.Log
+	now  func() time.Time
+	mu   sync.Mutex
+	seen map[sameness]*repeats
+}
+
+// sameness is what makes two records equal. Every part is from a small set of
+// ours, never a peer's text: so the map is bounded by the site's size.
+type sameness struct{ event, decision, appliance string }
+
+type repeats struct {
+	since time.Time
+	count int          // in this window
+	left  int          // of these, not written
+	last  audit.Record // the last one not written
+}
+
+func newWitness(to *audit.Log, log *slog.Logger, now func() time.Time) *witness {
+	return &witness{log: log, to: to, now: now, seen: map[sameness]*repeats{}}
+}
+
+// record puts r on record; when it returns an error nothing may be granted.
+func (w *witness) record(r audit.Record) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	// A key that is given away is always written: the policy bounds how many
+	// there can be.
+	if r.Event == string(keywire.Key) && r.Decision == "granted" {
+		return w.append(r)
+	}
+	id := sameness{r.Event, r.Decision, r.Appliance}
+	now := w.now()
+	p := w.seen[id]
+	if p == nil || now.Sub(p.since) >= repeatWindow || now.Before(p.since) {
+		if err := w.settle(p); err != nil {
+			return err
+		}
+		p = &repeats{since: now}
+		w.seen[id] = p
+	}
+	p.count++
+	if p.count > repeatLimit {
+		p.left++
+		p.last = r
+		return nil
+	}
+	return w.append(r)
+}
+
+// settle writes how many records a finished window left out.
+func (w *witness) settle(p *repeats) error {
+	if p == nil || p.left == 0 {
+		return nil
+	}
+	r := p.last
+	r.Reason = fmt.Sprintf("%s %s, %d more since %s; the last: %s", r.Event, r.Decision, p.left, p.since.UTC().Format(time.RFC3339), r.Reason)
+	r.Event, r.Count = "repeated", p.left
+	p.left = 0
+	return w.append(r)
+}
+
+// flush writes the counts that are still open, when the server ends.
+func (w *witness) flush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var open []*repeats
+	for _, p := range w.seen {
+		open = append(open, p)
+	}
+	sort.Slice(open, func(i, j int) bool { return open[i].since.Before(open[j].since) })
+	for _, p := range open {
+		if err := w.settle(p); err != nil {
+			w.log.Error("the audit log could not be completed", "err", err)
+			return
+		}
+	}
+}
+
+// append writes one record, and its head to the log: a second witness, on
+// whichever machine collects that.
+func (w *witness) append(r audit.Record) error {
+	head, err := w.to.Append(r)
+	if err != nil {
+		w.log.Error("audit", "event", r.Event, "decision", r.Decision, "appliance", r.Appliance, "reason", r.Reason, "remote", r.Remote, "err", err)
+		return err
+	}
+	w.log.Info("audit", "event", r.Event, "decision", r.Decision, "appliance", r.Appliance, "reason", r.Reason, "remote", r.Remote, "head", head)
+	return nil
+}
