@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 
 	"farkeep/image/debian"
 	"farkeep/image/fat"
@@ -109,18 +110,13 @@ func Build(ctx context.Context, o Options) (Result, error) {
 			return Result{}, err
 		}
 	}
-	work, err := os.MkdirTemp("", "farkeep-image-")
-	if err != nil {
-		return Result{}, fmt.Errorf("build image: %w", err)
-	}
-	defer os.RemoveAll(work)
-
-	packages, when, err := fetch(ctx, o, work)
+	unlock, err := lock(ctx, o.Cache, o.Log)
 	if err != nil {
 		return Result{}, err
 	}
-	t := tree{root: work}
-	if err := t.findKernel(ctx); err != nil {
+	defer unlock()
+	t, packages, when, err := fetch(ctx, o)
+	if err != nil {
 		return Result{}, err
 	}
 	slot, modules, err := t.slot(appliance, when, o.Log)
@@ -213,15 +209,51 @@ func readAppliance(path string) ([]byte, error) {
 	return data, nil
 }
 
-// fetch downloads and unpacks the packages into dir.
-func fetch(ctx context.Context, o Options, dir string) ([]Package, time.Time, error) {
+// maxWait is how long a build waits for another one that uses the same cache.
+const maxWait = 30 * time.Minute
+
+// lock keeps a second build from changing the cache under the first one's feet.
+func lock(ctx context.Context, cache string, log *slog.Logger) (unlock func(), err error) {
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return nil, fmt.Errorf("cache directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(cache, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cache directory: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, maxWait)
+	defer cancel()
+	for said := false; ; said = true {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", cache, err)
+		}
+		if !said {
+			log.Info("waiting for another build to finish", "cache", cache)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, hint.Because(fmt.Errorf("wait for another build that uses %s: %w", cache, ctx.Err()), "name another folder with --cache")
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// fetch downloads the packages and unpacks them, unless both is done already.
+func fetch(ctx context.Context, o Options) (*tree, []Package, time.Time, error) {
+	none := func(err error) (*tree, []Package, time.Time, error) { return nil, nil, time.Time{}, err }
 	archive, err := debian.Open(ctx, filepath.Join(o.Cache, "debian-"+release), o.Mirror, release, architecture, o.Log)
 	if err != nil {
-		return nil, time.Time{}, err
+		return none(err)
 	}
 	if o.Update {
 		if err := archive.Update(ctx); err != nil {
-			return nil, time.Time{}, err
+			return none(err)
 		}
 	}
 	packages, files, err := download(ctx, archive)
@@ -229,30 +261,74 @@ func fetch(ctx context.Context, o Options, dir string) ([]Package, time.Time, er
 		// A security update has replaced what the kept lists name, and the mirror forgot the old version.
 		o.Log.Info("the kept package lists are out of date", "error", err)
 		if err := archive.Update(ctx); err != nil {
-			return nil, time.Time{}, err
+			return none(err)
 		}
 		packages, files, err = download(ctx, archive)
 	}
 	if err != nil {
-		return nil, time.Time{}, err
+		return none(err)
 	}
-	var when time.Time
 	var out []Package
-	for i, p := range packages {
-		if err := archive.Unpack(ctx, files[i], dir); err != nil {
-			return nil, time.Time{}, err
-		}
-		if strings.HasPrefix(p.Name, kernelPrefix) {
-			if when, err = debian.BuildTime(files[i]); err != nil {
-				return nil, time.Time{}, err
-			}
-		}
+	digests := sha256.New()
+	for _, p := range packages {
 		out = append(out, Package{p.Name, p.Version, p.Architecture, p.SHA256})
+		fmt.Fprintln(digests, p.SHA256)
 	}
-	return out, when, nil
+	when, err := debian.BuildTime(files[0])
+	if err != nil {
+		return none(err)
+	}
+	root := filepath.Join(o.Cache, unpackedPrefix+hex.EncodeToString(digests.Sum(nil)[:8]))
+	if _, err := os.Stat(root); errors.Is(err, fs.ErrNotExist) {
+		if err := unpack(ctx, archive, files, root, o.Log); err != nil {
+			return none(err)
+		}
+	}
+	version, err := kernelVersion(root)
+	if err != nil {
+		return none(err)
+	}
+	return &tree{root: root, version: version}, out, when, nil
 }
 
-// download takes the kernel that the meta package stands for, so exactly one.
+const unpackedPrefix = "unpacked-"
+
+// unpack makes root, complete with depmod's files, in place of the trees of
+// older packages. Unpacking and depmod take most of a first build's time.
+func unpack(ctx context.Context, archive *debian.Archive, files []string, root string, log *slog.Logger) error {
+	old, err := filepath.Glob(filepath.Join(filepath.Dir(root), unpackedPrefix+"*"))
+	if err != nil {
+		return fmt.Errorf("unpack packages: %w", err)
+	}
+	for _, dir := range old {
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("remove older packages: %w", err)
+		}
+	}
+	log.Info("unpacking the packages and indexing the modules")
+	work := root + ".part"
+	if err := os.RemoveAll(work); err != nil { // of a build that was cut
+		return fmt.Errorf("unpack packages: %w", err)
+	}
+	if err := os.Mkdir(work, 0o755); err != nil {
+		return fmt.Errorf("unpack packages: %w", err)
+	}
+	for _, file := range files {
+		if err := archive.Unpack(ctx, file, work); err != nil {
+			return err
+		}
+	}
+	if err := depmod(ctx, work); err != nil {
+		return err
+	}
+	if err := os.Rename(work, root); err != nil {
+		return fmt.Errorf("unpack packages: %w", err)
+	}
+	return nil
+}
+
+// download takes the kernel that the meta package stands for, so exactly one;
+// it comes first.
 func download(ctx context.Context, archive *debian.Archive) ([]debian.Package, []string, error) {
 	kernel, err := archive.Resolve(ctx, kernelMeta, kernelPrefix)
 	if err != nil {
@@ -291,31 +367,38 @@ func (t *tree) read(name string) ([]byte, error) {
 	return data, nil
 }
 
-// findKernel learns the version and has depmod index the modules.
-func (t *tree) findKernel(ctx context.Context) error {
-	kernels, err := filepath.Glob(filepath.Join(t.root, "boot", "vmlinuz-*"))
+func kernelVersion(root string) (string, error) {
+	kernels, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*"))
 	if err != nil || len(kernels) != 1 {
-		return fmt.Errorf("the kernel package holds %d kernels, not one", len(kernels))
+		return "", fmt.Errorf("the kernel package holds %d kernels, not one", len(kernels))
 	}
-	t.version = strings.TrimPrefix(filepath.Base(kernels[0]), "vmlinuz-")
-	config, err := t.read("boot/config-" + t.version)
+	return strings.TrimPrefix(filepath.Base(kernels[0]), "vmlinuz-"), nil
+}
+
+// depmod checks the kernel's configuration and indexes its modules.
+func depmod(ctx context.Context, root string) error {
+	version, err := kernelVersion(root)
 	if err != nil {
 		return err
 	}
+	config, err := os.ReadFile(filepath.Join(root, "boot", "config-"+version))
+	if err != nil {
+		return fmt.Errorf("unpacked packages: %w", err)
+	}
 	for _, option := range []string{"CONFIG_RD_ZSTD=y", "CONFIG_DEVTMPFS=y", "CONFIG_GPIO_CDEV=y", "CONFIG_SECURITY_LANDLOCK=y"} {
 		if !strings.Contains("\n"+string(config), "\n"+option+"\n") {
-			return fmt.Errorf("kernel %s lacks %s, which the appliance needs", t.version, option)
+			return fmt.Errorf("kernel %s lacks %s, which the appliance needs", version, option)
 		}
 	}
 	// depmod wants lib/modules; since trixie the package has usr/lib/modules.
-	if _, err := os.Lstat(filepath.Join(t.root, "lib")); errors.Is(err, fs.ErrNotExist) {
-		if err := os.Symlink("usr/lib", filepath.Join(t.root, "lib")); err != nil {
+	if _, err := os.Lstat(filepath.Join(root, "lib")); errors.Is(err, fs.ErrNotExist) {
+		if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil {
 			return fmt.Errorf("unpacked packages: %w", err)
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "depmod", "-b", t.root, t.version)
+	cmd := exec.CommandContext(ctx, "depmod", "-b", root, version)
 	cmd.WaitDelay = time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("depmod: %w: %s", err, strings.TrimSpace(string(out)))

@@ -104,7 +104,6 @@ func TestImage(t *testing.T) {
 	t.Run("same inputs, same bytes", func(t *testing.T) {
 		again := o
 		again.Out, again.Compress, again.Contents = filepath.Join(t.TempDir(), "again.img"), false, ""
-		// No mirror is asked a second time: this one does not exist, and the lists are there.
 		start := time.Now()
 		if _, err := Build(ctx, again); err != nil {
 			t.Fatal(err)
@@ -192,14 +191,10 @@ func TestImage(t *testing.T) {
 }
 
 // unpacked is a tree of the real packages with its index.
-func unpacked(t *testing.T) (tree, *kmodules.Index, []byte) {
+func unpacked(t *testing.T) (*tree, *kmodules.Index, []byte) {
 	t.Helper()
-	ctx := context.Background()
-	x := tree{root: t.TempDir()}
-	if _, _, err := fetch(ctx, options(t), x.root); err != nil {
-		t.Fatal(err)
-	}
-	if err := x.findKernel(ctx); err != nil {
+	x, _, _, err := fetch(context.Background(), options(t))
+	if err != nil {
 		t.Fatal(err)
 	}
 	ix, err := kmodules.Load(kmodules.Dir(filepath.Join(x.root, "lib/modules", x.version)))
@@ -214,7 +209,7 @@ func unpacked(t *testing.T) (tree, *kmodules.Index, []byte) {
 }
 
 // deviceTree returns a board's tree: from the kernel package, or QEMU's own.
-func deviceTree(t *testing.T, x tree, b card.Board) []fdt.Node {
+func deviceTree(t *testing.T, x *tree, b card.Board) []fdt.Node {
 	t.Helper()
 	var blob []byte
 	var err error
@@ -222,9 +217,9 @@ func deviceTree(t *testing.T, x tree, b card.Board) []fdt.Node {
 		blob, err = x.read("usr/lib/linux-image-" + x.version + "/broadcom/" + b.DTB)
 	} else {
 		out := filepath.Join(t.TempDir(), "virt.dtb")
-		cmd := exec.Command("qemu-system-aarch64", "-M", "virt,dumpdtb="+out, "-cpu", "cortex-a53", "-display", "none")
+		cmd := exec.Command("qemu-system-aarch64", "-M", "virt,dumpdtb="+out, "-cpu", "cortex-a53", "-display", "none", "-nic", "none")
 		if msg, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("install the package qemu-system-arm: %v\n%s", err, msg)
+			t.Fatalf("ask QEMU (package qemu-system-arm) for its device tree: %v\n%s", err, msg)
 		}
 		blob, err = os.ReadFile(out)
 	}
