@@ -1,6 +1,7 @@
 package hometunnel
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -60,13 +61,13 @@ func ParseConfig(text []byte) (Config, error) {
 	}
 	switch {
 	case c.PrivateKey == "":
-		return Config{}, fmt.Errorf("PrivateKey is missing in [Interface]")
+		return Config{}, errors.New("no PrivateKey in [Interface]")
 	case !c.Address.IsValid():
-		return Config{}, fmt.Errorf("Address is missing in [Interface]")
+		return Config{}, errors.New("no Address in [Interface]")
 	}
 	for i, p := range c.Peers {
 		if p.PublicKey == "" {
-			return Config{}, fmt.Errorf("PublicKey is missing in [Peer] number %d", i+1)
+			return Config{}, fmt.Errorf("no PublicKey in [Peer] number %d", i+1)
 		}
 	}
 	return c, nil
@@ -76,13 +77,13 @@ func (c *Config) setInterface(name, value string) error {
 	switch name {
 	case "privatekey":
 		if _, err := identity.ParseWireGuard(value); err != nil {
-			return fmt.Errorf("PrivateKey: %w", err)
+			return fmt.Errorf("set PrivateKey: %w", err)
 		}
 		c.PrivateKey = secret.Text(value)
 	case "listenport":
 		port, err := strconv.ParseUint(value, 10, 16)
 		if err != nil {
-			return fmt.Errorf("ListenPort %.40q is no port", value)
+			return fmt.Errorf("set ListenPort: %.40q is no port", value)
 		}
 		c.ListenPort = uint16(port)
 	case "address":
@@ -90,7 +91,7 @@ func (c *Config) setInterface(name, value string) error {
 		first, _, _ := strings.Cut(value, ",")
 		prefix, err := parsePrefix(first)
 		if err != nil {
-			return fmt.Errorf("Address: %w", err)
+			return fmt.Errorf("set Address: %w", err)
 		}
 		if !c.Address.IsValid() {
 			c.Address = prefix.Addr()
@@ -106,19 +107,19 @@ func (p *Peer) set(name, value string) error {
 	switch name {
 	case "publickey":
 		if _, err := identity.ParseWireGuard(value); err != nil {
-			return fmt.Errorf("PublicKey: %w", err)
+			return fmt.Errorf("set PublicKey: %w", err)
 		}
 		p.PublicKey = value
 	case "presharedkey":
 		if _, err := identity.ParseWireGuard(value); err != nil {
-			return fmt.Errorf("PresharedKey: %w", err)
+			return fmt.Errorf("set PresharedKey: %w", err)
 		}
 		p.PresharedKey = secret.Text(value)
 	case "allowedips":
 		for word := range strings.SplitSeq(value, ",") {
 			prefix, err := parsePrefix(word)
 			if err != nil {
-				return fmt.Errorf("AllowedIPs: %w", err)
+				return fmt.Errorf("set AllowedIPs: %w", err)
 			}
 			p.AllowedIPs = append(p.AllowedIPs, prefix)
 		}
@@ -133,7 +134,7 @@ func (p *Peer) set(name, value string) error {
 		}
 		n, err := strconv.ParseUint(value, 10, 16)
 		if err != nil {
-			return fmt.Errorf("PersistentKeepalive %.40q is no number of seconds", value)
+			return fmt.Errorf("set PersistentKeepalive: %.40q is no number of seconds", value)
 		}
 		p.Keepalive = time.Duration(n) * time.Second
 	default:

@@ -54,19 +54,19 @@ Endpoint = 192.0.2.1:51820
 func TestParseConfigErrors(t *testing.T) {
 	head := "[Interface]\nAddress = 10.77.0.1\nPrivateKey = " + keyA + "\n"
 	for _, c := range []struct{ text, want string }{
-		{"", "PrivateKey is missing"},
-		{"[Interface]\nPrivateKey = " + keyA, "Address is missing"},
-		{head + "[Peer]\nAllowedIPs = 10.77.0.2", "PublicKey is missing in [Peer] number 1"},
+		{"", "no PrivateKey"},
+		{"[Interface]\nPrivateKey = " + keyA, "no Address"},
+		{head + "[Peer]\nAllowedIPs = 10.77.0.2", "no PublicKey in [Peer] number 1"},
 		{"Address = 10.77.0.1", "line 1: \"address\" stands before any section"},
 		{head + "[Pear]", `line 4: section "[Pear]"`},
 		{head + "Adress = 10.77.0.1", `line 4: "adress" is unknown in [Interface]`},
 		{head + "Address", "line 4: want NAME = VALUE"},
-		{head + "ListenPort = 70000", `line 4: ListenPort "70000"`},
-		{"[Interface]\nPrivateKey = abc", "line 2: PrivateKey: this is not a WireGuard key"},
-		{head + "[Peer]\nPublicKey = abc", "line 5: PublicKey: this is not"},
-		{head + "[Peer]\nPresharedKey = abc", "line 5: PresharedKey: this is not"},
-		{head + "[Peer]\nAllowedIPs = home", `line 5: AllowedIPs: "home" is no address`},
-		{head + "[Peer]\nPersistentKeepalive = soon", "line 5: PersistentKeepalive"},
+		{head + "ListenPort = 70000", `line 4: set ListenPort: "70000"`},
+		{"[Interface]\nPrivateKey = abc", "line 2: set PrivateKey: this is not a WireGuard key"},
+		{head + "[Peer]\nPublicKey = abc", "line 5: set PublicKey: this is not"},
+		{head + "[Peer]\nPresharedKey = abc", "line 5: set PresharedKey: this is not"},
+		{head + "[Peer]\nAllowedIPs = home", `line 5: set AllowedIPs: "home" is no address`},
+		{head + "[Peer]\nPersistentKeepalive = soon", "line 5: set PersistentKeepalive"},
 		{head + "[Peer]\nName = x", `line 5: "name" is unknown in [Peer]`},
 	} {
 		if _, err := hometunnel.ParseConfig([]byte(c.text)); err == nil || !strings.Contains(err.Error(), c.want) {
