@@ -167,7 +167,6 @@ type assembly struct {
 	ctx     context.Context
 	staging *beneath.Dir
 	objects *beneath.Dir
-	base    *beneath.Dir // files/ of the base; nil for none
 	sums    *bufio.Writer
 	line    []byte
 
