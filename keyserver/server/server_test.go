@@ -1,0 +1,530 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"farkeep/keyserver/audit"
+	"farkeep/keyserver/keystore"
+	"farkeep/keyserver/policy"
+	"farkeep/keyserver/server"
+	"farkeep/shared/hint"
+	"farkeep/shared/identity"
+	"farkeep/shared/keywire"
+	"farkeep/shared/secret"
+	"farkeep/shared/site"
+	"farkeep/shared/sshverb"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	atticDisk = "0b6e1f5c-8d1b-4c52-9a57-6a2f0c9d3e11"
+	shedDisk  = "11111111-2222-3333-4444-555555555555"
+)
+
+// fixture is a key server with two appliances, attic and shed.
+type fixture struct {
+	t        *testing.T
+	dir      string // the state folder
+	keysDir  string
+	site     *site.Site
+	keys     *keystore.Store
+	policies *policy.Store
+	key      []byte // attic's
+	host     ssh.Signer
+	attic    secret.Text // private keys, as OpenSSH files
+	shed     secret.Text
+	stranger secret.Text
+	log      *logBuffer
+	address  string
+
+	mu  sync.Mutex
+	now time.Time
+}
+
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (f *fixture) clock() time.Time {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.now
+}
+
+func (f *fixture) advance(d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.now = f.now.Add(d)
+}
+
+func prepare(t *testing.T) *fixture {
+	t.Helper()
+	f := &fixture{t: t, dir: t.TempDir(), log: &logBuffer{}, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	f.keysDir = filepath.Join(t.TempDir(), "keys")
+	f.check(os.Mkdir(f.keysDir, 0o700))
+	var err error
+	f.keys, err = keystore.Open(f.keysDir)
+	f.check(err)
+	f.policies = policy.Open(f.dir)
+	// Every byte value that could trip a text protocol is in it.
+	f.key = make([]byte, keywire.NewKey)
+	_, err = rand.Read(f.key)
+	f.check(err)
+	copy(f.key, "\x00\r\n\xff\x04\x03~.")
+	f.check(f.keys.Add(atticDisk, secret.New(bytes.Clone(f.key))))
+
+	newKey := func(comment string) (secret.Text, string) {
+		private, public, err := identity.New(comment)
+		f.check(err)
+		return private, public
+	}
+	hostPrivate, _ := newKey("key server")
+	f.host, err = identity.Signer(hostPrivate)
+	f.check(err)
+	var atticPublic, shedPublic string
+	f.attic, atticPublic = newKey("attic")
+	f.shed, shedPublic = newKey("shed")
+	f.stranger, _ = newKey("stranger")
+	f.site = &site.Site{Name: "home", Appliances: []site.Appliance{
+		{Name: "attic", ClientKey: atticPublic, LUKS: atticDisk, VPNAddress: netip.MustParseAddr("10.77.0.2")},
+		{Name: "shed", ClientKey: shedPublic, LUKS: shedDisk},
+	}}
+	f.site.SetDefaults()
+	return f
+}
+
+func (f *fixture) check(err error) {
+	f.t.Helper()
+	if err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func (f *fixture) start(limits sshverb.Limits) {
+	f.t.Helper()
+	records, err := audit.Open(f.dir, f.clock)
+	f.check(err)
+	orders, err := server.LastOrders(f.dir)
+	f.check(err)
+	s, err := server.New(server.Config{
+		Site: f.site, HostKey: f.host, Keys: f.keys, Policy: f.policies, Audit: records,
+		Log: slog.New(slog.NewTextHandler(f.log, nil)), Now: f.clock, Limits: limits,
+	}, orders)
+	f.check(err)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	f.check(err)
+	f.address = l.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, l) }()
+	f.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			f.t.Errorf("serve: %v", err)
+		}
+		if _, err := audit.Verify(f.dir); err != nil {
+			f.t.Errorf("the audit log afterwards: %v", err)
+		}
+	})
+}
+
+func (f *fixture) dial(private secret.Text) (*sshverb.Client, error) {
+	f.t.Helper()
+	signer, err := identity.Signer(private)
+	f.check(err)
+	return sshverb.Dial(f.t.Context(), sshverb.Peer{Address: f.address, User: "ks", Identity: signer, HostKey: f.host.PublicKey()})
+}
+
+// ask sends one request over a connection of its own.
+func (f *fixture) ask(private secret.Text, request string) ([]byte, error) {
+	f.t.Helper()
+	c, err := f.dial(private)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.Run(f.t.Context(), request, nil, keywire.MaxKey)
+}
+
+// last is the last record of the audit log.
+func (f *fixture) last() (r audit.Record) {
+	f.t.Helper()
+	f.check(audit.Read(f.dir, func(_ []byte, one audit.Record) error { r = one; return nil }))
+	return r
+}
+
+// refused checks that a request was refused and how it is on record.
+func (f *fixture) refused(private secret.Text, request string, code int, reason string) {
+	f.t.Helper()
+	out, err := f.ask(private, request)
+	if err == nil || hint.Code(err) != code {
+		f.t.Fatalf("%s: %v (exit %d); want exit %d", request, err, hint.Code(err), code)
+	}
+	if len(out) > 0 {
+		f.t.Errorf("%s: refused, and yet %d bytes came", request, len(out))
+	}
+	if r := f.last(); !strings.Contains(r.Reason, reason) || r.Decision == "granted" {
+		f.t.Errorf("%s: on record is %+v; want the reason %q", request, r, reason)
+	}
+}
+
+func (f *fixture) silentAboutKeys() {
+	f.t.Helper()
+	places := f.log.String()
+	f.check(filepath.WalkDir(f.dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		places += string(text)
+		return err
+	}))
+	for _, form := range []string{string(f.key), fmt.Sprintf("%x", f.key), string(f.key[8:40])} {
+		if strings.Contains(places, form) {
+			f.t.Error("the key is in the log or in the state folder")
+		}
+	}
+}
+
+func TestGrants(t *testing.T) {
+	f := prepare(t)
+	f.start(sshverb.Limits{})
+	out, err := f.ask(f.attic, "key "+atticDisk)
+	if err != nil || !bytes.Equal(out, f.key) {
+		t.Fatalf("key: %d bytes, %v", len(out), err)
+	}
+	if r := f.last(); r.Event != "key" || r.Decision != "granted" || r.Appliance != "attic" || r.UUID != atticDisk || !strings.HasPrefix(r.Remote, "127.0.0.1:") || !strings.HasPrefix(r.Identity, "SHA256:") {
+		t.Errorf("on record: %+v", r)
+	}
+	out, err = f.ask(f.attic, "lease "+atticDisk)
+	if lease, perr := keywire.ParseLease(out); err != nil || perr != nil || lease.Duration() != server.Lease {
+		t.Errorf("lease: %q, %v, %v", out, err, perr)
+	}
+	out, err = f.ask(f.shed, "checkin")
+	if c, perr := keywire.ParseCheckin(out); err != nil || perr != nil || c.Appliance != "shed" {
+		t.Errorf("checkin: %q, %v, %v", out, err, perr)
+	}
+	h, err := f.policies.History("attic")
+	if err != nil || len(h.Keys) != 1 || !h.LastKey.Equal(f.clock()) {
+		t.Errorf("history: %+v, %v", h, err)
+	}
+	f.silentAboutKeys()
+}
+
+func TestRefusals(t *testing.T) {
+	f := prepare(t)
+	f.site.Appliances[0].KeyPolicy.KeysPerDay = 2
+	f.start(sshverb.Limits{})
+	f.refused(f.shed, "key "+atticDisk, hint.ExitRefused, policy.ReasonForeignDisk)
+	f.refused(f.attic, "lease "+shedDisk, hint.ExitRefused, policy.ReasonForeignDisk)
+	f.refused(f.attic, "key 99999999-2222-3333-4444-555555555555", hint.ExitRefused, policy.ReasonForeignDisk)
+	f.refused(f.shed, "key "+shedDisk, hint.ExitFailure, keystore.ErrNoKey.Error())
+	f.refused(f.attic, "key", hint.ExitUsage, "malformed")
+	f.refused(f.attic, "key ../../etc/passwd", hint.ExitUsage, "malformed")
+	f.refused(f.attic, "key "+strings.ToUpper(atticDisk), hint.ExitUsage, "malformed")
+	f.refused(f.attic, "status", hint.ExitUsage, "malformed")
+	f.refused(f.attic, "key "+strings.Repeat("a", 3000), hint.ExitUsage, "malformed")
+
+	if _, err := f.ask(f.stranger, "checkin"); hint.Code(err) != hint.ExitRefused {
+		t.Errorf("a stranger: %v", err)
+	}
+	if r := f.last(); r.Event != "connect" || r.Reason != "unknown SSH key" || r.Appliance != "" {
+		t.Errorf("on record about a stranger: %+v", r)
+	}
+
+	for range 2 {
+		if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.refused(f.attic, "key "+atticDisk, hint.ExitRefused, policy.ReasonTooOften)
+	f.advance(24 * time.Hour)
+	if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
+		t.Errorf("a day later: %v", err)
+	}
+	f.silentAboutKeys()
+}
+
+// What a refused peer is told does not depend on why.
+func TestRefusalsLookAlike(t *testing.T) {
+	f := prepare(t)
+	f.start(sshverb.Limits{})
+	_, foreign := f.ask(f.shed, "key "+atticDisk)
+	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Revoked, Since: f.clock()}))
+	_, revoked := f.ask(f.attic, "key "+atticDisk)
+	f.site.Appliances[1].KeyPolicy.Source = "vpn"
+	_, place := f.ask(f.shed, "key "+shedDisk)
+	for _, err := range []error{foreign, revoked, place} {
+		var told *sshverb.Error
+		if !errors.As(err, &told) || told.Text != "refused" || told.Hint != "" || told.Code != hint.ExitRefused {
+			t.Errorf("the peer learns %v", err)
+		}
+	}
+}
+
+func TestRevokedWhileServing(t *testing.T) {
+	f := prepare(t)
+	f.start(sshverb.Limits{})
+	if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
+		t.Fatal(err)
+	}
+	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Revoked, Reason: "stolen", Since: f.clock()}))
+	for _, request := range []string{"key " + atticDisk, "lease " + atticDisk, "checkin"} {
+		f.refused(f.attic, request, hint.ExitRefused, policy.ReasonRevoked)
+	}
+	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Enabled, Reason: "found", Since: f.clock()}))
+	if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
+		t.Errorf("allowed again: %v", err)
+	}
+}
+
+func TestRevocationOutlivesItsFile(t *testing.T) {
+	f := prepare(t)
+	records, err := audit.Open(f.dir, f.clock)
+	f.check(err)
+	_, err = records.Append(audit.Record{Event: "revoke", Decision: "done", Appliance: "attic", Reason: "stolen"})
+	f.check(err)
+	// Its standing is lost, shed's came back from an old copy that says enabled.
+	f.check(f.policies.SetStanding(policy.Standing{Appliance: "shed", State: policy.Enabled, Since: f.clock()}))
+	_, err = records.Append(audit.Record{Event: "revoke", Decision: "done", Appliance: "shed", Reason: "stolen too"})
+	f.check(err)
+	f.start(sshverb.Limits{})
+	f.refused(f.attic, "key "+atticDisk, hint.ExitRefused, policy.ReasonRevoked)
+	f.refused(f.shed, "checkin", hint.ExitRefused, policy.ReasonRevoked)
+}
+
+func TestDamagedStandingMeansNo(t *testing.T) {
+	f := prepare(t)
+	f.start(sshverb.Limits{})
+	f.check(os.WriteFile(filepath.Join(f.dir, "standing", "attic.json"), []byte("{"), 0o600))
+	f.refused(f.attic, "key "+atticDisk, hint.ExitFailure, "attic.json")
+	f.check(os.Remove(filepath.Join(f.dir, "standing", "attic.json")))
+	f.refused(f.attic, "key "+atticDisk, hint.ExitRefused, policy.ReasonNoStanding)
+}
+
+func TestLooseKeyFileMeansNo(t *testing.T) {
+	f := prepare(t)
+	f.start(sshverb.Limits{})
+	f.check(os.Chmod(filepath.Join(f.keysDir, keywire.KeyFile(atticDisk)), 0o640))
+	f.refused(f.attic, "key "+atticDisk, hint.ExitFailure, "mode 0640")
+}
+
+// No key without a record: a full disk, played by a small tmpfs.
+func TestNoKeyWhenTheDiskIsFull(t *testing.T) {
+	f := prepare(t)
+	f.dir = filepath.Join(t.TempDir(), "state")
+	f.check(os.Mkdir(f.dir, 0o700))
+	if err := unix.Mount("tmpfs", f.dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatalf("mount a small tmpfs (the tests run as root): %v", err)
+	}
+	t.Cleanup(func() { f.check(unix.Unmount(f.dir, unix.MNT_DETACH)) })
+	f.policies = policy.Open(f.dir)
+	f.start(sshverb.Limits{})
+	if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
+		t.Fatal(err)
+	}
+	filler, err := os.Create(filepath.Join(f.dir, "filler"))
+	f.check(err)
+	for err == nil {
+		_, err = filler.Write(make([]byte, 4096))
+	}
+	f.check(filler.Close())
+	// The rest of the audit log's last page may take a few records more.
+	for range 40 {
+		var out []byte
+		if out, err = f.ask(f.attic, "key "+atticDisk); err != nil {
+			if len(out) > 0 || hint.Code(err) != hint.ExitFailure {
+				t.Errorf("%d bytes came with %v", len(out), err)
+			}
+			break
+		}
+	}
+	if err == nil {
+		t.Fatal("keys were given out on a full disk")
+	}
+	f.check(os.Remove(filler.Name()))
+	if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
+		t.Errorf("with room again: %v", err)
+	}
+}
+
+// A flood of equal refusals is counted, not written one by one.
+func TestFloodDoesNotFillTheDisk(t *testing.T) {
+	f := prepare(t)
+	f.start(sshverb.Limits{})
+	c, err := f.dial(f.shed)
+	f.check(err)
+	for range 100 {
+		if _, err := c.Run(t.Context(), "key "+atticDisk, nil, 100); hint.Code(err) != hint.ExitRefused {
+			t.Fatal(err)
+		}
+	}
+	c.Close()
+	count := func() (refused, repeated, more int) {
+		f.check(audit.Read(f.dir, func(_ []byte, r audit.Record) error {
+			switch {
+			case r.Event == "repeated":
+				repeated, more = repeated+1, more+r.Count
+			case r.Appliance == "shed" && r.Decision == "refused":
+				refused++
+			}
+			return nil
+		}))
+		return refused, repeated, more
+	}
+	if refused, repeated, _ := count(); refused != 20 || repeated != 0 {
+		t.Errorf("%d refusals written, %d counts", refused, repeated)
+	}
+	f.advance(time.Hour)
+	f.refused(f.shed, "key "+atticDisk, hint.ExitRefused, policy.ReasonForeignDisk)
+	if refused, repeated, more := count(); refused != 21 || repeated != 1 || more != 80 {
+		t.Errorf("%d refusals, %d counts, of %d more", refused, repeated, more)
+	}
+}
+
+func TestConcurrentRequestsAreCountedOneByOne(t *testing.T) {
+	f := prepare(t)
+	f.site.Appliances[0].KeyPolicy.KeysPerDay = 5
+	f.start(sshverb.Limits{})
+	var granted int
+	var mu sync.Mutex
+	var g sync.WaitGroup
+	for range 12 {
+		g.Go(func() {
+			out, err := f.ask(f.attic, "key "+atticDisk)
+			mu.Lock()
+			defer mu.Unlock()
+			if err == nil && bytes.Equal(out, f.key) {
+				granted++
+			}
+		})
+	}
+	g.Wait()
+	if granted != 5 {
+		t.Errorf("%d keys were given out; 5 are allowed", granted)
+	}
+}
+
+// A peer that connects and says nothing, or too little, loses its place; one
+// address cannot take them all.
+func TestConnectionsAreBounded(t *testing.T) {
+	f := prepare(t)
+	f.start(sshverb.Limits{Handshake: 500 * time.Millisecond})
+	var open []net.Conn
+	for range 40 {
+		conn, err := net.Dial("tcp", f.address)
+		f.check(err)
+		defer conn.Close()
+		open = append(open, conn)
+	}
+	served := 0
+	for _, conn := range open {
+		f.check(conn.SetReadDeadline(time.Now().Add(10 * time.Second)))
+		b := make([]byte, 16)
+		if n, _ := conn.Read(b); n > 0 {
+			served++
+		}
+	}
+	if served != 16 {
+		t.Errorf("%d connections of one address were served; want 16", served)
+	}
+	// Reading on to the end waits for the handshake's bound, not for a guess.
+	for _, conn := range open {
+		if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error("a silent connection was kept")
+		}
+	}
+	if _, err := f.ask(f.attic, "checkin"); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestOpenSSH shows that a machine with nothing of ours can use the server.
+func TestOpenSSH(t *testing.T) {
+	sshPath, err := exec.LookPath("ssh")
+	if err != nil {
+		t.Fatal("ssh is missing: apt install openssh-client")
+	}
+	f := prepare(t)
+	f.start(sshverb.Limits{})
+	version, err := exec.Command(sshPath, "-V").CombinedOutput()
+	f.check(err)
+	t.Logf("%s", bytes.TrimSpace(version))
+
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		f.check(os.WriteFile(path, []byte(text), 0o600))
+		return path
+	}
+	_, port, err := net.SplitHostPort(f.address)
+	f.check(err)
+	hosts := write("known_hosts", fmt.Sprintf("[127.0.0.1]:%s %s\n", port, identity.Line(f.host.PublicKey(), "")))
+	run := func(id string, words ...string) (stdout, stderr []byte, code int) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, sshPath, append([]string{"-F", "/dev/null", "-T", "-i", id, "-o", "IdentitiesOnly=yes",
+			"-o", "UserKnownHostsFile=" + hosts, "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-p", port, "ks@127.0.0.1"}, words...)...)
+		var out, diag bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &diag
+		err := cmd.Run()
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			t.Fatal(err)
+		}
+		return out.Bytes(), diag.Bytes(), cmd.ProcessState.ExitCode()
+	}
+	attic, shed, stranger := write("attic", f.attic.Reveal()), write("shed", f.shed.Reveal()), write("stranger", f.stranger.Reveal())
+
+	if out, diag, code := run(attic, "key", atticDisk); code != 0 || !bytes.Equal(out, f.key) || len(diag) > 0 {
+		t.Errorf("key: exit %d, %d bytes, %q", code, len(out), diag)
+	}
+	if out, diag, code := run(shed, "key", atticDisk); code != hint.ExitRefused || len(out) > 0 || string(diag) != "refused\n" {
+		t.Errorf("another appliance's key: exit %d, %d bytes, %q", code, len(out), diag)
+	}
+	if out, diag, code := run(stranger, "key", atticDisk); code != 255 || len(out) > 0 || !bytes.Contains(diag, []byte("Permission denied (publickey)")) {
+		t.Errorf("a stranger: exit %d, %d bytes, %q", code, len(out), diag)
+	}
+	if out, _, code := run(attic, "sh -c 'cat /etc/passwd'"); code != hint.ExitUsage || len(out) > 0 {
+		t.Errorf("a command: exit %d, %q", code, out)
+	}
+	if out, _, code := run(attic); code != hint.ExitUsage || len(out) > 0 {
+		t.Errorf("a shell: exit %d, %q", code, out)
+	}
+	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Revoked, Reason: "stolen", Since: f.clock()}))
+	if out, diag, code := run(attic, "key", atticDisk); code != hint.ExitRefused || len(out) > 0 || string(diag) != "refused\n" {
+		t.Errorf("revoked: exit %d, %d bytes, %q", code, len(out), diag)
+	}
+	f.silentAboutKeys()
+}
