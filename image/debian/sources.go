@@ -105,7 +105,7 @@ func checkURI(uri string) error {
 	case "http", "https", "file", "mirror", "mirror+file", "tor+http", "tor+https":
 		return nil
 	}
-	return fmt.Errorf("%q is not an address of a mirror: begin it with http://, https:// or file:", uri)
+	return fmt.Errorf("%q is not an address of a mirror, which begins with http://, https:// or file: and names a folder", uri)
 }
 
 // parseList reads the one-line format of sources.list(5).
