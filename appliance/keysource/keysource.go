@@ -20,6 +20,7 @@ import (
 
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
+	"farkeep/shared/keywire"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
 	"farkeep/shared/sshverb"
@@ -28,9 +29,6 @@ import (
 )
 
 const (
-	// MaxKey bounds a key, in bytes (cryptsetup's limit for key files is 8 MiB;
-	// ours are 64 bytes).
-	MaxKey = 8192
 	// Connect bounds TCP and SSH handshake with one server.
 	Connect = 8 * time.Second
 	// Answer bounds the whole exchange with one server.
@@ -102,12 +100,12 @@ func (s *Server) ask(ctx context.Context, uuid string) (secret.Bytes, error) {
 		return secret.Bytes{}, err
 	}
 	defer client.Close()
-	d, err := client.Start(ctx, "key "+uuid)
+	d, err := client.Start(ctx, string(keywire.Key)+" "+uuid)
 	if err != nil {
 		return secret.Bytes{}, err
 	}
 	d.Stdin.Close()
-	key, err := secret.ReadAll(d.Stdout, MaxKey)
+	key, err := secret.ReadAll(d.Stdout, keywire.MaxKey)
 	if err != nil {
 		d.Close()
 		return key, fmt.Errorf("read the key: %w", err)

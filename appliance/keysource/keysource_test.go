@@ -14,6 +14,7 @@ import (
 
 	"farkeep/appliance/keysource"
 	"farkeep/shared/identity"
+	"farkeep/shared/keywire"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
 	"farkeep/shared/sshverb"
@@ -212,7 +213,7 @@ func TestServer(t *testing.T) {
 		}
 	})
 	t.Run("gives too much", func(t *testing.T) {
-		if got, err := askNew(t, give(make([]byte, keysource.MaxKey+1))); !errors.Is(err, secret.ErrTooLong) {
+		if got, err := askNew(t, give(make([]byte, keywire.MaxKey+1))); !errors.Is(err, secret.ErrTooLong) {
 			t.Errorf("%d bytes, %v", got.Len(), err)
 		}
 	})
