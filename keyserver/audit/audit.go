@@ -121,7 +121,7 @@ func (l *Log) Append(r Record) (head string, err error) {
 	last := t.last
 	switch {
 	case len(t.torn) == 0:
-	case l.follows(t.torn, last): // only its newline is missing
+	case follows(t.torn, last): // only its newline is missing
 		lines, last = []byte("\n"), t.torn
 	default:
 		torn := Record{Event: eventTorn, Decision: "done", Reason: fmt.Sprintf("a line of %d bytes was cut off, by a power cut or a full disk", len(t.torn)), Torn: hash(t.torn)}
@@ -146,13 +146,17 @@ func (l *Log) Append(r Record) (head string, err error) {
 }
 
 // follows reports whether line is the record after last.
-func (l *Log) follows(line, last []byte) bool {
-	var r Record
-	prev := origin
+func follows(line, last []byte) bool {
+	c := chain{}
 	if last != nil {
-		prev = hash(last)
+		var before Record
+		if json.Unmarshal(last, &before) != nil {
+			return false
+		}
+		c.seq, c.prev = before.Seq, hash(last)
 	}
-	return json.Unmarshal(line, &r) == nil && r.Prev == prev
+	r, err := c.next(line)
+	return err == nil && r.Seq == c.seq+1
 }
 
 // next completes r as the record after last and returns its line, with and
@@ -161,7 +165,7 @@ func (l *Log) next(r Record, last []byte) (line, bare []byte, err error) {
 	r.Seq, r.Prev = 1, origin
 	if last != nil {
 		var before Record
-		if err := json.Unmarshal(last, &before); err != nil {
+		if err := json.Unmarshal(last, &before); err != nil || before.Seq == 0 {
 			return nil, nil, fmt.Errorf("%w: its last line is not a record", ErrDamaged)
 		}
 		r.Seq, r.Prev = before.Seq+1, hash(last)

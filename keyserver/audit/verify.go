@@ -81,7 +81,10 @@ type chain struct {
 	f    func([]byte, Record) error
 	seq  uint64 // of the last record; 0 before the first
 	prev string // hash of the last record's line
-	bad  []byte // a line that is no record, until the record after it owns up to it
+	// bad is a line that does not follow, and doubt says so; the record after
+	// it may own up to it. nil for none.
+	bad   []byte
+	doubt error
 }
 
 func (c *chain) file(name string, last bool) error {
@@ -98,44 +101,42 @@ func (c *chain) file(name string, last bool) error {
 			if len(line) > 0 && !last {
 				return fmt.Errorf("%w: %s:%d is not finished", ErrDamaged, name, n)
 			}
-			if c.bad != nil {
-				return fmt.Errorf("%w: %s:%d is no record", ErrDamaged, name, n-1)
-			}
-			return nil
+			return c.doubt
 		case err != nil:
 			return fmt.Errorf("%w: %s:%d: %v", ErrDamaged, name, n, err)
 		}
-		if err := c.line(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
-			if errors.Is(err, ErrDamaged) {
-				err = fmt.Errorf("%w (%s:%d)", err, name, n)
-			}
+		if err := c.line(bytes.TrimSuffix(line, []byte("\n")), name, n); err != nil {
 			return err
 		}
 	}
 }
 
-func (c *chain) line(line []byte) error {
-	var r Record
-	if err := json.Unmarshal(line, &r); err != nil {
-		if c.bad != nil {
-			return fmt.Errorf("%w: a line is no record", ErrDamaged)
-		}
-		c.bad = bytes.Clone(line)
-		return nil
-	}
+func (c *chain) line(line []byte, name string, n int) error {
+	r, err := c.next(line)
 	if c.bad != nil {
-		if r.Event != eventTorn || r.Torn != hash(c.bad) {
-			return fmt.Errorf("%w: the line before is no record", ErrDamaged)
+		if err != nil || r.Event != eventTorn || r.Torn != hash(c.bad) {
+			return c.doubt
 		}
-		c.bad = nil
-	}
-	switch {
-	case c.seq == 0 && r.Seq == 1 && r.Prev != origin,
-		c.seq != 0 && r.Prev != c.prev:
-		return fmt.Errorf("%w: record %d does not follow the one before it: something was changed, removed or put in between", ErrDamaged, r.Seq)
-	case r.Seq == 0, c.seq != 0 && r.Seq != c.seq+1:
-		return fmt.Errorf("%w: record %d follows record %d", ErrDamaged, r.Seq, c.seq)
+		c.bad, c.doubt = nil, nil
+	} else if err != nil {
+		c.bad, c.doubt = bytes.Clone(line), fmt.Errorf("%w: %s:%d: %w", ErrDamaged, name, n, err)
+		return nil
 	}
 	c.seq, c.prev = r.Seq, hash(line)
 	return c.f(line, r)
+}
+
+// next reads the line that should come next in the chain.
+func (c *chain) next(line []byte) (Record, error) {
+	var r Record
+	if err := json.Unmarshal(line, &r); err != nil {
+		return r, errors.New("this is no record")
+	}
+	switch {
+	case r.Seq == 0, c.seq != 0 && r.Seq != c.seq+1:
+		return r, fmt.Errorf("record %d comes after record %d", r.Seq, c.seq)
+	case c.seq == 0 && r.Seq == 1 && r.Prev != origin, c.seq != 0 && r.Prev != c.prev:
+		return r, fmt.Errorf("record %d does not follow the one before it: something was changed, removed or put in between", r.Seq)
+	}
+	return r, nil
 }
