@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -17,6 +18,8 @@ import (
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
 	"farkeep/shared/recipe"
+
+	"golang.org/x/sys/unix"
 )
 
 // tree is a repository in memory: path to content; a nil content is a folder.
@@ -228,4 +231,35 @@ func inodeOf(tb testing.TB, path string) uint64 {
 		tb.Fatal(err)
 	}
 	return info.Sys().(*syscall.Stat_t).Ino
+}
+
+// clone copies a tree, so that a later day can differ from an earlier one.
+func (t tree) clone() tree { return maps.Clone(t) }
+
+// tmpfs mounts a file system of so many bytes.
+func tmpfs(tb testing.TB, size string) string {
+	tb.Helper()
+	if os.Getuid() != 0 {
+		tb.Fatal("this test mounts a tmpfs: run it as root")
+	}
+	dir := tb.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+		tb.Fatal("mount a tmpfs: ", err)
+	}
+	tb.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+// upload sends the recipe up to so many bytes of it; a negative limit sends all.
+func upload(tb testing.TB, tx *generations.Transaction, t tree, answer generations.Answer, limit int) (pushwire.UploadAnswer, error) {
+	tb.Helper()
+	var b bytes.Buffer
+	if err := t.write(&b, answer); err != nil {
+		tb.Fatal(err)
+	}
+	data := b.Bytes()
+	if limit >= 0 {
+		data = data[:min(limit, len(data))]
+	}
+	return tx.Receive(tb.Context(), bytes.NewReader(data))
 }

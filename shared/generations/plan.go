@@ -50,9 +50,14 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	if base.Name != "" {
 		dir, err := t.store.generations.Dir(t.req.Repository + "/" + base.Name)
 		if err != nil {
-			return Answer{}, err
+			return Answer{}, fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
 		defer dir.Close()
+		files, err := dir.Dir(FilesFolder)
+		if err != nil {
+			return Answer{}, fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		files.Close()
 		r, closer, err := t.openManifest(dir)
 		if err != nil {
 			return Answer{}, fmt.Errorf("%w: %w", ErrDamaged, err)

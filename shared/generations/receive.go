@@ -117,25 +117,27 @@ type batched struct {
 	size  int64
 }
 
-func (t *Transaction) openWorkshop(ctx context.Context) (w *workshop, err error) {
-	w = &workshop{t: t, ctx: ctx, buf: make([]byte, 256<<10)}
-	defer func() {
-		if err != nil {
-			w.close()
-		}
-	}()
-	if w.building, err = t.dir.Dir(buildingFolder); err != nil {
+func (t *Transaction) openWorkshop(ctx context.Context) (*workshop, error) {
+	w := &workshop{t: t, ctx: ctx, buf: make([]byte, 256<<10)}
+	err := w.open()
+	if err != nil {
+		w.close()
 		return nil, err
-	}
-	if w.objects, err = t.dir.Dir(objectsFolder); err != nil {
-		return nil, err
-	}
-	if t.base.Name != "" {
-		if w.base, err = t.store.generations.Dir(t.req.Repository + "/" + t.base.Name + "/" + FilesFolder); err != nil {
-			return nil, err
-		}
 	}
 	return w, nil
+}
+
+func (w *workshop) open() (err error) {
+	if w.building, err = w.t.dir.Dir(buildingFolder); err != nil {
+		return err
+	}
+	if w.objects, err = w.t.dir.Dir(objectsFolder); err != nil {
+		return err
+	}
+	if w.t.base.Name != "" {
+		w.base, err = w.t.store.generations.Dir(w.t.req.Repository + "/" + w.t.base.Name + "/" + FilesFolder)
+	}
+	return err
 }
 
 func (w *workshop) close() {

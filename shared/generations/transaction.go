@@ -247,9 +247,11 @@ func (t *Transaction) resume(ctx context.Context) (Answer, error) {
 	}
 	t.id = p.Push
 	answer, err := t.plan(ctx)
-	var damaged *manifest.FormatError
-	if errors.As(err, &damaged) || errors.Is(err, ErrOffer) || errors.Is(err, fs.ErrNotExist) {
-		t.store.opt.Log.Warn("the list of an interrupted push is damaged and is asked for again", "repository", t.req.Repository, "err", err)
+	var space *SpaceError
+	var quota *QuotaError
+	if err != nil && ctx.Err() == nil && !errors.As(err, &space) && !errors.As(err, &quota) {
+		// Whatever is wrong with it, a manifest taken anew finds out or mends it.
+		t.store.opt.Log.Warn("an interrupted push cannot be resumed and begins anew", "repository", t.req.Repository, "err", err)
 		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}, nil
 	}
 	return answer, err
