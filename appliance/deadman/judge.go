@@ -1,0 +1,423 @@
+package deadman
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"farkeep/appliance/outbox"
+	"farkeep/appliance/status"
+	"farkeep/shared/settings"
+)
+
+const (
+	// A part that restarts this often within restartWindow is in a loop.
+	restartLimit  = 5
+	restartWindow = time.Hour
+	// proofInterval is the pace of the mail that says that all is well.
+	proofInterval = 30 * 24 * time.Hour
+	// welcomeWait is how long the first mail waits for VPN and disk to have
+	// something to tell.
+	welcomeWait = 3 * time.Minute
+)
+
+// Facts is what the judge sees at one moment. A nil status is unknown.
+type Facts struct {
+	Now     time.Time
+	Uptime  time.Duration // of the machine
+	BootID  string
+	Host    string // the appliance's name
+	Waiting []string
+	Boot    *status.Boot
+	Network *status.Network
+	Disk    *status.Disk
+	Keeper  *status.Keeper
+	Mail    *status.Mail
+}
+
+// clockSure reports whether the wall clock may decide anything.
+func (f Facts) clockSure() bool {
+	return f.Network != nil && f.Network.ClockSet && f.Network.ClockJump == ""
+}
+
+// clockKnown reports whether the start is over: the clock is set, or known to
+// stay as it is.
+func (f Facts) clockKnown() bool {
+	return f.Network != nil && (f.Network.ClockSet || f.Network.ClockSource != "")
+}
+
+func (f Facts) moment() Moment {
+	return Moment{Boot: f.BootID, Uptime: f.Uptime, Wall: f.Now, Sure: f.clockSure()}
+}
+
+// since is how long ago m was, at the least. Within one boot that is exact. For
+// an earlier boot's moment it takes a clock that is set, then and now; otherwise
+// only the present boot's uptime is certain.
+func (f Facts) since(m Moment) time.Duration {
+	if m.Boot == f.BootID && m.Boot != "" {
+		return max(0, f.Uptime-m.Uptime)
+	}
+	if m.Sure && f.clockSure() {
+		return max(f.Uptime, f.Now.Sub(m.Wall))
+	}
+	return f.Uptime
+}
+
+// settle gives moments of this boot that were noted before the clock was set
+// their place on the wall clock, now that it is.
+func (f Facts) settle(m *Moment) {
+	if f.clockSure() && !m.Sure && m.Boot == f.BootID && m.Boot != "" {
+		m.Wall, m.Sure = f.Now.Add(m.Uptime-f.Uptime), true
+	}
+}
+
+// fact is one line of a mail's first part.
+type fact struct{ label, value string }
+
+// finding is one thing that is wrong at present.
+type finding struct {
+	kind    string
+	subject string // what it is about: a host, a repository, a part, or ""
+	facts   []fact
+}
+
+func (f finding) key() string { return f.kind + "/" + f.subject }
+
+// Judge is the dead man's switch: from what it remembers and what it sees it
+// makes what it remembers next and the mails to send. It has no side effects,
+// and state is not changed.
+//
+// One mail when an alarm is raised, reminders at the set pace, one all-clear.
+// What cannot be seen at present changes nothing: an alarm does not end because
+// a status file is missing, and a disk that is dark is not known to be well.
+func Judge(state State, see Facts, set settings.DeadMan) (State, []Mail) {
+	j := judge{state: state.clone(), see: see, set: set, unknown: map[string]bool{}}
+	if j.state.Installed == (Moment{}) {
+		j.state.Installed = see.moment()
+	}
+	j.settle()
+	j.heartbeats()
+	j.repositories()
+	j.disk()
+	j.clock()
+	j.machine()
+	j.flip()
+	j.proof()
+	return j.state, j.mails
+}
+
+type judge struct {
+	state    State
+	see      Facts
+	set      settings.DeadMan
+	findings []finding
+	unknown  map[string]bool // kinds that cannot be judged now
+	mails    []Mail
+}
+
+func (s State) clone() State {
+	s.Hosts, s.Alarms, s.Restarts = maps.Clone(s.Hosts), maps.Clone(s.Alarms), maps.Clone(s.Restarts)
+	if s.Hosts == nil {
+		s.Hosts = map[string]Host{}
+	}
+	if s.Alarms == nil {
+		s.Alarms = map[string]Alarm{}
+	}
+	if s.Restarts == nil {
+		s.Restarts = map[string]Window{}
+	}
+	s.Pending = slices.Clone(s.Pending)
+	return s
+}
+
+func (j *judge) settle() {
+	j.see.settle(&j.state.Installed)
+	j.see.settle(&j.state.LastProof)
+	for name, h := range j.state.Hosts {
+		j.see.settle(&h.Arrived)
+		j.state.Hosts[name] = h
+	}
+	for key, a := range j.state.Alarms {
+		for _, m := range []*Moment{&a.Seen, &a.Gone, &a.Since, &a.Last} {
+			j.see.settle(m)
+		}
+		j.state.Alarms[key] = a
+	}
+	for name, w := range j.state.Restarts {
+		j.see.settle(&w.From)
+		j.state.Restarts[name] = w
+	}
+}
+
+func (j *judge) find(kind, subject string, facts ...fact) {
+	j.findings = append(j.findings, finding{kind, subject, facts})
+}
+
+func (j *judge) raised(kind, subject string) bool {
+	return j.state.Alarms[finding{kind: kind, subject: subject}.key()].Raised
+}
+
+// heartbeats notes what arrived and judges what did not.
+func (j *judge) heartbeats() {
+	if j.see.Keeper != nil {
+		// A heartbeat that the keeper did not have a while ago in this boot has
+		// arrived since, whatever any clock says.
+		watched := j.state.KeeperBoot == j.see.BootID && j.see.BootID != ""
+		for _, h := range j.see.Keeper.Heartbeats {
+			old, known := j.state.Hosts[h.Host]
+			if !known && len(j.state.Hosts) >= maxHosts || known && old.At.Equal(h.At) && old.ReceivedAt.Equal(h.ReceivedAt) {
+				continue
+			}
+			arrived := Moment{Wall: h.ReceivedAt, Sure: true}
+			if watched {
+				arrived = j.see.moment()
+			}
+			j.state.Hosts[h.Host] = Host{At: h.At, ReceivedAt: h.ReceivedAt, Arrived: arrived}
+		}
+		j.state.KeeperBoot = j.see.BootID
+	}
+	if !j.see.clockKnown() {
+		j.unknown[heartbeatStale] = true
+		return
+	}
+	threshold := fact{"threshold", j.set.HeartbeatAge.String()}
+	if len(j.state.Hosts) == 0 {
+		if age := j.see.since(j.state.Installed); age > j.set.HeartbeatAge.Std() {
+			j.find(heartbeatStale, "", fact{"last heartbeat", "none since the appliance was set up, " + ago(age)}, threshold)
+		}
+		return
+	}
+	for _, name := range slices.Sorted(maps.Keys(j.state.Hosts)) {
+		h := j.state.Hosts[name]
+		if age := j.see.since(h.Arrived); age > j.set.HeartbeatAge.Std() {
+			j.find(heartbeatStale, name, fact{"last heartbeat", stamp(h.ReceivedAt) + ", " + ago(age)},
+				fact{"by its own clock", stamp(h.At)}, threshold)
+		}
+	}
+}
+
+func (j *judge) repositories() {
+	if j.see.Keeper == nil || !j.see.clockSure() {
+		j.unknown[unchanged] = true
+		return
+	}
+	limit := j.set.UnchangedAge.Std()
+	for _, r := range j.see.Keeper.Repositories {
+		if age := j.see.Now.Sub(r.ChangedAt); limit > 0 && !r.ChangedAt.IsZero() && age > limit {
+			j.find(unchanged, r.Name, fact{"last change", stamp(r.ChangedAt) + ", " + ago(age)},
+				fact{"last confirmed", stamp(r.ConfirmedAt)}, fact{"threshold", j.set.UnchangedAge.String()})
+		}
+	}
+}
+
+// diskKinds maps the disk part's words to alarms.
+var diskKinds = map[string]string{
+	status.ErrorMissing:     diskMissing,
+	status.ErrorRefused:     unlockRefused,
+	status.ErrorUnreachable: unreachable,
+	status.ErrorWrongKey:    wrongKey,
+	status.ErrorBadHeader:   badHeader,
+	status.ErrorFileSystem:  fileSystem,
+	status.ErrorHung:        diskHung,
+}
+
+func (j *judge) disk() {
+	d := j.see.Disk
+	if d == nil {
+		j.unknown[diskFull], j.unknown[diskFailing] = true, true
+		for _, kind := range diskKinds {
+			j.unknown[kind] = true
+		}
+		return
+	}
+	switch {
+	case d.ErrorKind != "":
+		kind := cmp.Or(diskKinds[d.ErrorKind], diskFailing)
+		facts := []fact{{"what happened", line(d.Error)}}
+		if j.see.clockSure() && !d.FailingSince.IsZero() {
+			facts = append(facts, fact{"failing since", stamp(d.FailingSince)})
+		}
+		j.find(kind, "", facts...)
+	case !d.Unlocked && !d.Mounted:
+		// Dark, and nothing was tried since the start.
+		j.unknown[diskFailing] = true
+		for _, kind := range diskKinds {
+			j.unknown[kind] = true
+		}
+	}
+	if d.TotalBytes <= 0 || !d.Mounted {
+		j.unknown[diskFull] = true
+		return
+	}
+	limit := int64(j.set.DiskFullPercent)
+	if j.raised(diskFull, "") {
+		limit-- // no all-clear, and no new alarm, for a few bytes
+	}
+	if used := d.TotalBytes - d.FreeBytes; used >= d.TotalBytes/100*limit {
+		j.find(diskFull, "", fact{"used", fmt.Sprintf("%d %% of %s", used/max(d.TotalBytes/100, 1), size(d.TotalBytes))},
+			fact{"free", size(d.FreeBytes)}, fact{"threshold", fmt.Sprintf("%d %%", j.set.DiskFullPercent)})
+	}
+}
+
+func (j *judge) clock() {
+	n := j.see.Network
+	if n == nil {
+		j.unknown[clockUnset], j.unknown[clockJump], j.unknown[undervoltage] = true, true, true
+		return
+	}
+	if !n.ClockSet {
+		j.find(clockUnset, "", fact{"the clock goes by", cmp.Or(n.ClockSource, "nothing: not even a last time is known")})
+	}
+	if n.ClockJump != "" {
+		j.find(clockJump, "", fact{"what happened", line(n.ClockJump)})
+	}
+	if n.Undervoltage {
+		j.find(undervoltage, "")
+	}
+}
+
+func (j *judge) machine() {
+	b := j.see.Boot
+	if b == nil {
+		j.unknown[stateLost], j.unknown[degraded], j.unknown[restarting] = true, true, true
+		return
+	}
+	if b.StateLost {
+		j.find(stateLost, "")
+	}
+	if len(b.Degraded) > 0 {
+		var facts []fact
+		for _, d := range b.Degraded[:min(len(b.Degraded), 10)] {
+			facts = append(facts, fact{"failed", line(d)})
+		}
+		j.find(degraded, "", facts...)
+	}
+	for _, name := range slices.Sorted(maps.Keys(b.Restarts)) {
+		count := b.Restarts[name]
+		w, known := j.state.Restarts[name]
+		switch {
+		case !known && len(j.state.Restarts) >= maxHosts:
+			continue
+		case !known || w.From.Boot != j.see.BootID:
+			// Counted from zero: those before the first look belong to this boot too.
+			w = Window{From: j.see.moment()}
+		case count == w.Count: // steady; the window begins with the next restart
+		case count < w.Count || j.see.since(w.From) >= restartWindow:
+			w = Window{From: j.see.moment(), Count: count}
+		}
+		j.state.Restarts[name] = w
+		if n := count - w.Count; n >= restartLimit {
+			j.find(restarting, name, fact{"restarts", fmt.Sprintf("%d within %s", n, restartWindow)})
+		}
+	}
+}
+
+// flip compares what is found with what is raised.
+func (j *judge) flip() {
+	now := j.see.moment()
+	found := map[string]bool{}
+	for _, f := range j.findings {
+		e, ok := entryOf(f.kind)
+		if !ok || found[f.key()] {
+			continue
+		}
+		a, known := j.state.Alarms[f.key()]
+		if !known {
+			if len(j.state.Alarms) >= maxAlarms {
+				continue
+			}
+			a = Alarm{Kind: f.kind, Subject: f.subject, Seen: now}
+		}
+		found[f.key()] = true
+		a.Gone = Moment{}
+		switch {
+		case !a.Raised && (!e.after || j.see.since(a.Seen) >= j.set.UnreachableAfter.Std()):
+			a.Raised, a.Since, a.Last = true, now, now
+			a.MailID = j.mail(f.kind, j.subject(e, f.subject, e.title), j.body(e, f, a))
+		// A reminder of a mail that has not even left helps nobody.
+		case a.Raised && j.see.since(a.Last) >= j.set.ReminderInterval.Std() && !slices.Contains(j.see.Waiting, a.MailID):
+			a.Last = now
+			a.Reminders++
+			a.MailID = j.mail(f.kind, j.subject(e, f.subject, fmt.Sprintf("%s (reminder %d)", e.title, a.Reminders)), j.body(e, f, a))
+		}
+		j.state.Alarms[f.key()] = a
+	}
+	for _, key := range slices.Sorted(maps.Keys(j.state.Alarms)) {
+		a := j.state.Alarms[key]
+		if found[key] || j.unknown[a.Kind] {
+			continue
+		}
+		if a.Gone == (Moment{}) {
+			a.Gone = now
+		}
+		e, ok := entryOf(a.Kind)
+		if a.Raised && ok && j.see.since(a.Gone) < e.hold {
+			j.state.Alarms[key] = a
+			continue
+		}
+		delete(j.state.Alarms, key)
+		if a.Raised && ok {
+			j.mail(a.Kind, j.subject(e, a.Subject, e.clear), j.clearBody(e, a))
+		}
+	}
+}
+
+// mail decides on a mail and returns its id.
+func (j *judge) mail(kind, subject, body string) string {
+	if j.state.Dropped > 0 {
+		body += fmt.Sprintf("\n%d earlier mails were dropped because the queue was full.\n", j.state.Dropped)
+		j.state.Dropped = 0
+	}
+	m := Mail{ID: outbox.ID(j.state.Serial, kind, j.state.Nonce), Kind: kind, Subject: subject, Body: body, Date: j.see.Now}
+	j.state.Serial++
+	j.mails = append(j.mails, m)
+	return m.ID
+}
+
+// proof sends the first mail and the monthly ones.
+func (j *judge) proof() {
+	const first, monthly = "first-boot", "monthly"
+	switch {
+	case !j.state.Welcomed:
+		if !j.see.clockKnown() || len(j.see.Network.Addresses) == 0 {
+			return
+		}
+		settled := j.see.Network.VPNUp && j.see.Disk != nil && (j.see.Disk.Mounted || j.see.Disk.ErrorKind != "")
+		if !settled && j.see.since(j.state.Installed) < welcomeWait {
+			return
+		}
+		j.state.Welcomed, j.state.LastProof = true, j.see.moment()
+		j.mail(first, fmt.Sprintf("[WATCHDOG] %s is up", j.see.Host), j.proofBody("I am up for the first time, from here, and this is what I see.\nIf this mail reaches you, so will my alarms."))
+	case j.see.clockSure() && j.see.since(j.state.LastProof) >= proofInterval:
+		j.state.LastProof = j.see.moment()
+		j.mail(monthly, fmt.Sprintf("[WATCHDOG] %s monthly report", j.see.Host), j.proofBody("I am still here, once a month, and this is what I see.\nA month without this mail is an alarm too, which only you can raise."))
+	}
+}
+
+// Raised lists the alarms that are raised, for the status file.
+func (s State) Raised() []status.Alarm {
+	var out []status.Alarm
+	for _, key := range slices.Sorted(maps.Keys(s.Alarms)) {
+		if a := s.Alarms[key]; a.Raised {
+			out = append(out, status.Alarm{Kind: a.Kind, Subject: a.Subject, Since: a.Since.Wall})
+		}
+	}
+	return out
+}
+
+// line makes one line of bounded length out of another part's words.
+func line(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r == '\u2028' || r == '\u2029' || r == '\u0085' {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	if r := []rune(s); len(r) > 300 {
+		s = string(r[:300]) + " ..."
+	}
+	return strings.TrimSpace(s)
+}
