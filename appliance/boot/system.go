@@ -127,7 +127,8 @@ func sysctl(name, value string) error {
 	if err != nil {
 		return fmt.Errorf("set %s: %w", name, err)
 	}
-	_, err = f.WriteString(value)
+	// One write, newline included: printk_devkmsg insists on it.
+	_, err = f.WriteString(value + "\n")
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("set %s to %s: %w", name, value, err)
 	}
@@ -153,8 +154,6 @@ func devices(ctx context.Context, m *Machine) error {
 		return errors.New("the kernel's modules could not be read")
 	}
 	hotplug, listenErr := kmod.Listen()
-	n, err := m.Loader.Coldplug(ctx)
-	m.Log.Info("devices looked at", "kinds", n)
 	if listenErr == nil {
 		go func() {
 			if err := hotplug.Watch(m.ctx, m.Loader); err != nil {
@@ -162,6 +161,8 @@ func devices(ctx context.Context, m *Machine) error {
 			}
 		}()
 	}
+	n, err := m.Loader.Coldplug(ctx, listenErr == nil)
+	m.Log.Info("devices looked at", "kinds", n)
 	return errors.Join(listenErr, err)
 }
 

@@ -24,9 +24,9 @@ type Loader struct {
 	log    *slog.Logger
 	insert func(file string) error
 
-	mu     sync.Mutex // guards the fields below; held while loading
-	tried  map[string]error
-	missed map[string]bool
+	mu    sync.Mutex // guards the fields below; held while loading
+	tried map[string]error
+	asked map[string]bool // modaliases that were looked up
 }
 
 // NewLoader returns a loader for the running kernel's modules, which lie in
@@ -45,7 +45,7 @@ func NewLoader(root string, log *slog.Logger) (*Loader, error) {
 }
 
 func newLoader(ix *Index, dir, sys string, log *slog.Logger, insert func(string) error) *Loader {
-	return &Loader{ix: ix, dir: dir, sys: sys, log: log, insert: insert, tried: map[string]error{}, missed: map[string]bool{}}
+	return &Loader{ix: ix, dir: dir, sys: sys, log: log, insert: insert, tried: map[string]error{}, asked: map[string]bool{}}
 }
 
 // insert asks the kernel to load one file (finit_module(2)).
@@ -111,13 +111,12 @@ func (l *Loader) LoadList(file string) (int, error) {
 	return n, errors.Join(append(errs, err)...)
 }
 
-// loadFor loads what fits a modalias and says whether it had not been tried.
-// Devices that no module of the image is for are the rule: most of a board's.
+// loadFor loads what fits a modalias, once. Devices that no module of the image is for are the rule: most of a board's.
 func (l *Loader) loadFor(modalias string) {
 	l.mu.Lock()
-	known := l.missed[modalias]
-	if len(l.missed) < maxEntries {
-		l.missed[modalias] = true
+	known := l.asked[modalias]
+	if len(l.asked) < maxEntries {
+		l.asked[modalias] = true
 	}
 	l.mu.Unlock()
 	if known {
@@ -134,9 +133,10 @@ func (l *Loader) loadFor(modalias string) {
 // controllers of further buses.
 const maxRounds = 6
 
-// Coldplug loads the modules for all devices that are there, and for those
-// that appear by it. It returns how many kinds of devices it met.
-func (l *Loader) Coldplug(ctx context.Context) (int, error) {
+// Coldplug loads the modules for all devices that are there. What appears by
+// that is left to Watch if somebody is watching, and looked for here if not. It
+// returns how many kinds of devices it met.
+func (l *Loader) Coldplug(ctx context.Context, watched bool) (int, error) {
 	seen := map[string]bool{}
 	for range maxRounds {
 		before := len(seen)
@@ -158,7 +158,7 @@ func (l *Loader) Coldplug(ctx context.Context) (int, error) {
 		if err != nil {
 			return len(seen), fmt.Errorf("kernel modules: look at the devices: %w", err)
 		}
-		if len(seen) == before {
+		if watched || len(seen) == before {
 			break
 		}
 	}
@@ -178,8 +178,8 @@ func readAttribute(path string) (string, error) {
 // Hotplug is a subscription to the kernel's messages about devices.
 type Hotplug struct{ fd int }
 
-// Listen subscribes. Subscribe before Coldplug and Watch after it, so that no
-// device falls between them.
+// Listen subscribes. Subscribe before Coldplug, so that no device falls between
+// them.
 func Listen() (*Hotplug, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
@@ -215,7 +215,7 @@ func (h *Hotplug) Watch(ctx context.Context, l *Loader) error {
 			continue
 		case errors.Is(err, unix.ENOBUFS):
 			// Messages were lost: look at everything again.
-			if _, err := l.Coldplug(ctx); err != nil && ctx.Err() == nil {
+			if _, err := l.Coldplug(ctx, false); err != nil && ctx.Err() == nil {
 				l.log.Warn("devices may have been missed", "err", err)
 			}
 			continue

@@ -20,6 +20,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"farkeep/appliance/part"
 )
 
 // Limits.
@@ -62,7 +64,7 @@ func New() *Book {
 
 // Logger returns the supervisor's own logger.
 func (b *Book) Logger(level slog.Level) *slog.Logger {
-	h := slog.NewJSONHandler(writer{b}, &slog.HandlerOptions{Level: level})
+	h := slog.NewJSONHandler(writer{b}, part.LogOptions(level))
 	return slog.New(h).With("part", "supervisor")
 }
 
@@ -75,7 +77,7 @@ func (w writer) Write(p []byte) (int, error) {
 }
 
 // Relay logs the lines of r, a part's stderr, until EOF.
-func (b *Book) Relay(part string, r io.Reader) {
+func (b *Book) Relay(name string, r io.Reader) {
 	buf := make([]byte, 0, MaxLine)
 	chunk := make([]byte, 4<<10)
 	long := false // inside the part of a line that is cut off
@@ -84,7 +86,7 @@ func (b *Book) Relay(part string, r io.Reader) {
 		for _, c := range chunk[:n] {
 			switch {
 			case c == '\n':
-				b.line(part, buf)
+				b.line(name, buf)
 				buf, long = buf[:0], false
 			case long:
 			case len(buf) == MaxLine:
@@ -94,31 +96,31 @@ func (b *Book) Relay(part string, r io.Reader) {
 			}
 		}
 		if err != nil {
-			b.line(part, buf)
+			b.line(name, buf)
 			return
 		}
 	}
 }
 
 // line logs one line of a part within its budget.
-func (b *Book) line(part string, line []byte) {
+func (b *Book) line(name string, line []byte) {
 	if len(bytes.TrimSpace(line)) == 0 {
 		return
 	}
 	now := time.Now()
 	b.mu.Lock()
-	bu := b.budgets[part]
+	bu := b.budgets[name]
 	if bu == nil {
 		bu = &budget{tokens: burst, last: now}
-		b.budgets[part] = bu
+		b.budgets[name] = bu
 	}
 	ok, lost := bu.take(now)
 	b.mu.Unlock()
 	if lost > 0 {
-		b.add(part, wrap(part, slog.LevelWarn, fmt.Sprintf("%d lines dropped: logging too fast", lost), now), now)
+		b.add(name, wrap(name, slog.LevelWarn, fmt.Sprintf("%d lines dropped: logging too fast", lost), now), now)
 	}
 	if ok {
-		b.add(part, line, now)
+		b.add(name, line, now)
 	}
 }
 
@@ -142,8 +144,8 @@ func (bu *budget) take(now time.Time) (ok bool, lost int) {
 	return true, lost
 }
 
-func (b *Book) add(part string, line []byte, now time.Time) {
-	r := parse(part, line, now)
+func (b *Book) add(name string, line []byte, now time.Time) {
+	r := parse(name, line, now)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -159,7 +161,7 @@ func (b *Book) add(part string, line []byte, now time.Time) {
 }
 
 // parse makes a record of a line that may be anything.
-func parse(part string, line []byte, now time.Time) record {
+func parse(name string, line []byte, now time.Time) record {
 	var fields struct {
 		Level slog.Level
 		Msg   string
@@ -167,16 +169,16 @@ func parse(part string, line []byte, now time.Time) record {
 	line = bytes.TrimSpace(line)
 	if err := json.Unmarshal(line, &fields); err != nil || fields.Msg == "" || line[0] != '{' {
 		// Not from a logger: a panic's stack, a library that prints. Worth seeing.
-		return record{at: now, level: slog.LevelWarn, json: wrap(part, slog.LevelWarn, string(line), now), short: part + ": " + printable(string(line))}
+		return record{at: now, level: slog.LevelWarn, json: wrap(name, slog.LevelWarn, string(line), now), short: name + ": " + printable(string(line))}
 	}
-	return record{at: now, level: fields.Level, json: bytes.Clone(line), short: short(part, fields.Msg, line)}
+	return record{at: now, level: fields.Level, json: bytes.Clone(line), short: short(name, fields.Msg, line)}
 }
 
-func wrap(part string, level slog.Level, msg string, now time.Time) []byte {
+func wrap(name string, level slog.Level, msg string, now time.Time) []byte {
 	var out bytes.Buffer
 	h := slog.NewJSONHandler(&out, &slog.HandlerOptions{Level: level})
 	r := slog.NewRecord(now, level, msg, 0)
-	r.AddAttrs(slog.String("part", part))
+	r.AddAttrs(slog.String("part", name))
 	// A handler that writes to memory has no error to give.
 	_ = h.Handle(context.Background(), r)
 	return bytes.TrimRight(out.Bytes(), "\n")
@@ -184,9 +186,9 @@ func wrap(part string, level slog.Level, msg string, now time.Time) []byte {
 
 // short writes `part: message key=value ...` with the attributes in the order
 // in which they were logged.
-func short(part, msg string, line []byte) string {
+func short(name, msg string, line []byte) string {
 	var out strings.Builder
-	out.WriteString(part + ": " + printable(msg))
+	out.WriteString(name + ": " + printable(msg))
 	dec := json.NewDecoder(bytes.NewReader(line))
 	dec.UseNumber()
 	if _, err := dec.Token(); err != nil {
@@ -201,7 +203,7 @@ func short(part, msg string, line []byte) string {
 		if err := dec.Decode(&value); err != nil {
 			break
 		}
-		switch name := fmt.Sprint(key); name {
+		switch attr := fmt.Sprint(key); attr {
 		case slog.TimeKey, slog.LevelKey, slog.MessageKey, "part":
 		default:
 			var s string
@@ -211,7 +213,7 @@ func short(part, msg string, line []byte) string {
 			if s == "" || strings.ContainsAny(s, " =\"") {
 				s = fmt.Sprintf("%q", s)
 			}
-			fmt.Fprintf(&out, " %s=%s", printable(name), printable(s))
+			fmt.Fprintf(&out, " %s=%s", printable(attr), printable(s))
 		}
 	}
 	return out.String()

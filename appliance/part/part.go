@@ -267,8 +267,19 @@ func Attach(name string, w io.Writer) (*Env, error) {
 	if e.Debug {
 		level = slog.LevelDebug
 	}
-	e.Log = slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})).With("part", name)
+	e.Log = slog.New(slog.NewJSONHandler(w, LogOptions(level))).With("part", name)
 	return e, nil
+}
+
+// LogOptions is how all parts log: time spans as people write them, not as
+// numbers of nanoseconds.
+func LogOptions(level slog.Leveler) *slog.HandlerOptions {
+	return &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindDuration {
+			a.Value = slog.StringValue(a.Value.Duration().String())
+		}
+		return a
+	}}
 }
 
 // Alive tells the supervisor that the part's main loop turns. Call it from that

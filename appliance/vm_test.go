@@ -1,0 +1,191 @@
+//go:build vm
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"farkeep/image/build"
+	"farkeep/image/debian"
+	"farkeep/image/emulate"
+	"farkeep/image/sdcard"
+	"farkeep/shared/card"
+)
+
+// buildImage makes an image of this very program, with its test parts.
+func buildImage(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	bin := filepath.Join(dir, "farkeep-appliance-arm64")
+	cmd := exec.Command("go", "build", "-tags", "vm", "-trimpath", "-ldflags=-s -w", "-o", bin, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=arm64")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	mirror := debian.Mirror{Archive: os.Getenv("FARKEEP_APT_MIRROR")}
+	if mirror.Archive == "" {
+		var err error
+		if mirror, err = debian.FindMirror(os.DirFS("/etc/apt")); err != nil {
+			t.Fatalf("%v: set FARKEEP_APT_MIRROR", err)
+		}
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(dir, "farkeep.img")
+	if _, err := build.Build(t.Context(), build.Options{
+		Appliance: bin, Out: image, Cache: filepath.Join(cache, "farkeep"), Mirror: mirror,
+		Log: slog.New(slog.DiscardHandler),
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return image
+}
+
+func personalise(t *testing.T, image string, text []byte) string {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), "personal.img")
+	if err := sdcard.Personalise(t.Context(), image, out, sdcard.Personal{Settings: text, RelayLine: -1}); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// start boots an image; its console is the test's log if the test fails.
+func start(t *testing.T, cfg emulate.Config) *emulate.Pi {
+	t.Helper()
+	var console bytes.Buffer
+	cfg.Console = &console
+	if cfg.Machine == emulate.RaspberryPi3 {
+		cfg.Append = "farkeep.watchdog=softdog " + cfg.Append
+	}
+	pi, err := emulate.Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := pi.CutPower(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() || testing.Verbose() {
+			t.Logf("console:\n%s", console.String())
+		}
+	})
+	return pi
+}
+
+func wait(t *testing.T, pi *emulate.Pi, pattern string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	line, err := pi.WaitLine(ctx, regexp.MustCompile(pattern))
+	if err != nil {
+		t.Fatalf("waiting for %q: %v", pattern, err)
+	}
+	return line
+}
+
+func TestFirmware(t *testing.T) {
+	image := buildImage(t)
+	good := testSettings(t)
+
+	for _, machine := range []emulate.Machine{emulate.RaspberryPi3, emulate.Generic} {
+		t.Run("boots on "+string(machine), func(t *testing.T) {
+			pi := start(t, emulate.Config{Machine: machine, Image: personalise(t, image, good)})
+			line := wait(t, pi, `booted.* problems=\d`)
+			if !strings.Contains(line, "problems=0") {
+				t.Error(line)
+			}
+			wait(t, pi, `all parts are up`)
+			// Every part is confined, and every probe held.
+			wait(t, pi, `receiver: confined`)
+			for _, l := range pi.LastLines(500) {
+				if strings.Contains(l, ":OPEN") || strings.Contains(l, "lacks-it") {
+					t.Error(l)
+				}
+			}
+			// A part that panics takes nobody with it, and its stack is in the log.
+			wait(t, pi, `panics: .*(nil pointer|SIGSEGV)`)
+			wait(t, pi, `panics: goroutine \d+`)
+			wait(t, pi, `part ended; it will be started again child=panics`)
+			wait(t, pi, `panics: confined`)
+			// A part that hangs is found out.
+			wait(t, pi, `part is silent; its stacks follow child=hangs`)
+			wait(t, pi, `hangs: SIGQUIT`)
+			wait(t, pi, `part ended; it will be started again child=hangs`)
+			for _, l := range pi.LastLines(500) {
+				if strings.Contains(l, "part ended") && strings.Contains(l, "child=receiver") {
+					t.Error(l)
+				}
+			}
+		})
+	}
+}
+
+// Whoever pulls the card out finds what is wrong on it, and after the
+// correction it is gone.
+func TestBadSettings(t *testing.T) {
+	image := buildImage(t)
+	good := testSettings(t)
+	bad := bytes.Replace(good, []byte("[mail]"), []byte("[mail]\nsevrer = 1"), 1)
+	if bytes.Equal(bad, good) {
+		t.Fatal("the settings have no [mail]")
+	}
+	img := personalise(t, image, bad)
+	pi := start(t, emulate.Config{Machine: emulate.RaspberryPi3, Image: img})
+	wait(t, pi, `this machine cannot work.*sevrer.*led_blinks=2`)
+	wait(t, pi, `the error is on the boot partition`)
+	if err := pi.CutPower(); err != nil {
+		t.Fatal(err)
+	}
+	text := string(errorFile(t, img))
+	if !regexp.MustCompile(`farkeep\.toml:\d+: .*sevrer: unknown key`).MatchString(text) || !strings.Contains(text, "\r\n") {
+		t.Errorf("error file: %q", text)
+	}
+
+	f, err := os.OpenFile(img, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	fixed := filepath.Join(t.TempDir(), "fixed.img")
+	if err := sdcard.Personalise(t.Context(), img, fixed, sdcard.Personal{Settings: good, RelayLine: -1}); err != nil {
+		t.Fatal(err)
+	}
+	pi = start(t, emulate.Config{Machine: emulate.Generic, Image: fixed})
+	wait(t, pi, `all parts are up`)
+	if err := pi.CutPower(); err != nil {
+		t.Fatal(err)
+	}
+	if left := errorFile(t, fixed); left != nil {
+		t.Errorf("the error file is still there: %s", left)
+	}
+}
+
+func errorFile(t *testing.T, image string) []byte {
+	t.Helper()
+	f, err := os.Open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	selector, err := sdcard.OpenPartition(f, card.Selector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := selector.ReadFile(card.ErrorFile)
+	if err != nil {
+		return nil
+	}
+	return text
+}
