@@ -100,7 +100,7 @@ func (s *Server) ask(ctx context.Context, uuid string) (secret.Bytes, error) {
 		return secret.Bytes{}, err
 	}
 	defer client.Close()
-	d, err := client.Start(ctx, string(keywire.Key)+" "+uuid)
+	d, err := client.Start(ctx, keywire.Request{Verb: keywire.Key, UUID: uuid}.String())
 	if err != nil {
 		return secret.Bytes{}, err
 	}
