@@ -215,9 +215,7 @@ func (p *Pi) power() error {
 
 // unpack writes the boot files where QEMU can read them.
 func (p *Pi) unpack(boot *bootloader.Boot) (files, error) {
-	// The last console= becomes /dev/console; both machines' first serial port is a PL011. On a real Pi 3 it
-	// serves Bluetooth, so the image's own command line names another one.
-	words := strings.Fields(boot.CommandLine + " console=ttyAMA0,115200 " + p.cfg.Append)
+	words := strings.Fields(boot.CommandLine + " " + p.cfg.Machine.words() + " " + p.cfg.Append)
 	f := files{commandLine: strings.Join(words, " ")}
 	for _, part := range []struct {
 		name string
@@ -251,7 +249,12 @@ func (p *Pi) live() {
 			r.kill()
 		}
 		<-r.exited
-		p.update(func() { p.attached, p.closed = false, false })
+		p.update(func() {
+			if p.closed && !p.cfg.Relay.None { // without power the relay opens
+				p.events = append(p.events, RelayEvent{time.Now(), false})
+			}
+			p.attached, p.closed = false, false
+		})
 		ending := r.ending()
 		switch {
 		case p.ctx.Err() != nil: // which explains any other error

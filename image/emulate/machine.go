@@ -36,6 +36,18 @@ func (m Machine) board() bootloader.Board {
 	return bootloader.Generic
 }
 
+// words are added to the image's kernel command line, because of what is emulated differently.
+func (m Machine) words() string {
+	// The last console= becomes /dev/console; both machines' first serial port is a PL011. On a real Pi 3 it
+	// serves Bluetooth, so the image's own command line names another one.
+	const console = "console=ttyAMA0,115200"
+	if m == RaspberryPi3 {
+		// The emulated BCM2835 watchdog resets the machine as soon as it is opened.
+		return console + " farkeep.watchdog=softdog"
+	}
+	return console
+}
+
 // memory is where the machine's RAM begins in its physical address space, and its size in bytes.
 func (m Machine) memory() (base, size uint64) {
 	if m == RaspberryPi3 {

@@ -134,6 +134,9 @@ func TestPowerCut(t *testing.T) {
 			t.Errorf("waiting for a line of a dead machine: %v", err)
 		}
 		cfg = pi.Config()
+		if e := pi.RelayEvents(); len(e) != 2 || !e[0].Closed || e[1].Closed {
+			t.Errorf("the relay did %v, and not: close, open for want of power", e)
+		}
 		if contains(t, cfg.Image, "GONE-WITH-THE-POWER") {
 			t.Error("the card holds what the guest had not yet written back")
 		}
