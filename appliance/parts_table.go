@@ -4,6 +4,10 @@ import (
 	"path/filepath"
 
 	"farkeep/appliance/confine"
+	"farkeep/appliance/deadman"
+	"farkeep/appliance/disk"
+	"farkeep/appliance/keeper"
+	"farkeep/appliance/network"
 	"farkeep/appliance/part"
 	"farkeep/appliance/receiver"
 	"farkeep/appliance/unlock"
@@ -12,10 +16,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// parts is the table of all parts, in the order in which they are listed and,
-// backwards, stopped: mail goes last but for the disk and the network.
+// parts is the table of all parts. They stop in the order from last to first:
+// who writes to the disk before the disk, and the network at the very end.
 func parts() []partEntry {
 	return append([]partEntry{
+		{
+			name: part.Network, required: true, run: network.Run, profile: networkProfile,
+			brief: func(s *settings.Appliance) any {
+				return network.Brief{Network: s.Network, Clock: s.Clock, VPN: s.VPN}
+			},
+		},
+		{
+			name: part.Disk, required: true, run: disk.Run, profile: diskProfile,
+			brief: func(s *settings.Appliance) any {
+				return disk.Brief{Disk: s.Disk, Identity: s.Identity.ClientKey, KeyServers: s.KeyServers}
+			},
+		},
+		{
+			name: part.Keeper, required: true, run: keeper.Run, profile: keeperProfile,
+			brief: func(*settings.Appliance) any { return keeper.Brief{} },
+		},
 		{
 			name: part.Unlock, child: true, run: unlock.Run, profile: unlockProfile,
 		},
@@ -24,7 +44,63 @@ func parts() []partEntry {
 			brief: receiverBrief,
 			ports: func(s *settings.Appliance) []uint16 { return []uint16{uint16(s.Receiver.Port)} },
 		},
+		{
+			name: part.Deadman, required: true, run: deadman.Run, profile: deadmanProfile,
+			brief: func(s *settings.Appliance) any {
+				return deadman.Brief{DeadMan: s.DeadMan, From: s.Mail.From, To: s.Mail.To}
+			},
+		},
 	}, testParts()...)
+}
+
+// networkProfile: it speaks to whoever is on the LAN, and in firmware steers
+// interfaces, routes, WireGuard and the clock. In service mode it only looks.
+func networkProfile(h part.Header) confine.Profile {
+	p := confine.Profile{
+		UID:     part.NetworkUID,
+		Network: confine.WholeNetwork,
+		Read:    []string{h.Paths.Run, "/etc", "/proc", "/sys"},
+		Write:   []string{h.Paths.RunDir(part.Network), h.Paths.StateDir(part.Network)},
+	}
+	if h.Firmware {
+		p.Caps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_TIME}
+		p.Clock = true
+	}
+	return p
+}
+
+// diskProfile: mounting and mapping need root, and Landlock forbids mounting. It
+// keeps the network for its child, the part unlock, and opens no socket itself
+// but unix ones.
+func diskProfile(h part.Header) confine.Profile {
+	return confine.Profile{
+		Caps: []uintptr{
+			unix.CAP_SYS_ADMIN, unix.CAP_IPC_LOCK, unix.CAP_DAC_OVERRIDE, unix.CAP_SYS_RAWIO,
+			unix.CAP_CHOWN, unix.CAP_FOWNER, unix.CAP_KILL,
+		},
+		Network: confine.WholeNetwork,
+		Mounts:  true,
+		Exec:    true,
+	}
+}
+
+// keeperProfile: everything on the open disk and its own state, no network.
+func keeperProfile(h part.Header) confine.Profile {
+	return confine.Profile{
+		UID:   part.KeeperUID,
+		Read:  []string{h.Paths.Run},
+		Write: []string{h.Paths.RunDir(part.Keeper), h.Paths.StateDir(part.Keeper), h.Paths.Media},
+	}
+}
+
+// deadmanProfile: it reads what the others say of themselves and writes mails
+// that another part sends.
+func deadmanProfile(h part.Header) confine.Profile {
+	return confine.Profile{
+		UID:   part.DeadmanUID,
+		Read:  []string{h.Paths.Run, "/proc/sys/kernel/random"},
+		Write: []string{h.Paths.RunDir(part.Deadman), h.Paths.StateDir(part.Deadman)},
+	}
 }
 
 // unlockProfile: a child of disk, with less than disk has. It reads the disk,
