@@ -1,0 +1,232 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"farkeep/pusher/borglock"
+	"farkeep/pusher/gentle"
+	"farkeep/pusher/progress"
+	"farkeep/pusher/push"
+	"farkeep/pusher/repository"
+	"farkeep/shared/hint"
+)
+
+func newPushCmd(env *Env, at *places) *cobra.Command {
+	var (
+		targets, repositories []string
+		dryRun                bool
+		priority              string
+		giveUp                time.Duration
+	)
+	cmd := &cobra.Command{
+		Use:   "push",
+		Short: "Bring every repository to every target",
+		Long: `push freezes each repository under Borg's lock for a moment, uploads what a
+target does not have yet, and has the target commit it as a new generation. An
+unchanged repository costs one exchange. What a cut line interrupts goes on where
+it stopped, in this run or the next.
+
+When everything has arrived at a target it gets the heartbeat that keeps its dead
+man's switch quiet.`,
+		Example: `  # everything, everywhere; what the timer runs
+  farkeep-pusher push
+
+  # fill a disk at home before it travels
+  farkeep-pusher push --target travel-disk
+
+  # what would be pushed
+  farkeep-pusher push --repository photos --dry-run`,
+		Args: usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			ctx := cmd.Context()
+			if priority != "idle" && priority != "normal" {
+				return hint.Exit(hint.ExitUsage, fmt.Errorf("--priority %q is neither idle nor normal", priority))
+			}
+			s, err := at.readSite()
+			if err != nil {
+				return err
+			}
+			state, err := push.Open(at.state, env.Now())
+			if err != nil {
+				return err
+			}
+			defer state.Close()
+			memory, err := at.memory()
+			if err != nil {
+				return err
+			}
+			// A board without a terminal logs, and needs no tidying.
+			var screen io.Writer
+			if env.Terminal != nil {
+				screen = env.Stderr
+			}
+			board := progress.New(screen, env.Terminal, at.logger(env.Stderr), env.Now)
+			log := at.logger(board.Writer(env.Stderr))
+
+			found, err := find(s, memory)
+			if err != nil {
+				return err
+			}
+			whole := len(repositories) == 0
+			if !whole {
+				if found, err = only(found, repositories); err != nil {
+					return err
+				}
+			}
+			for _, p := range found.Problems {
+				log.Error("not pushed", "repository", p.Name, "err", p.Err, "hint", hint.Of(p.Err))
+			}
+			for _, b := range found.Beside {
+				log.Debug("not mirrored", "path", b.Path, "why", b.Why)
+			}
+			if len(found.Repositories) == 0 && len(found.Problems) == 0 {
+				return hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no repository that is there", at.site), `"farkeep-image site add repository" adds one`))
+			}
+			if dryRun {
+				return showPlan(env, found)
+			}
+			all, err := at.targets(s, targets, memory, env, log)
+			if err != nil {
+				return err
+			}
+			for _, t := range all {
+				defer t.Close()
+			}
+			if priority == "idle" {
+				if err := gentle.Idle(); err != nil {
+					log.Warn("running at normal priority", "err", err)
+				}
+			}
+			host, err := borglock.HostID(ctx, env.Getenv)
+			if err != nil {
+				return err
+			}
+			p := &push.Push{
+				Host: s.Home.Name, Repositories: found.Repositories, Problems: found.Problems, Whole: whole, Targets: all,
+				State: at.state, Memory: memory,
+				Lock: borglock.Options{HostID: host, Wait: time.Duration(s.Push.LockWait)},
+				Rate: s.Push.RateLimit, GiveUp: giveUp, Now: env.Now, Log: log, Board: board,
+			}
+			board.Start()
+			report := p.Run(ctx)
+			board.Stop()
+			if err := showReport(env, report); err != nil {
+				return err
+			}
+			return report.Err()
+		},
+	}
+	f := cmd.Flags()
+	f.StringSliceVar(&targets, "target", nil, "only this target; may be repeated (default all)")
+	f.StringSliceVar(&repositories, "repository", nil, "only this repository; may be repeated; no heartbeat is sent then (default all)")
+	f.BoolVar(&dryRun, "dry-run", false, "say what would be pushed, touch nothing")
+	f.StringVar(&priority, "priority", "idle", "idle: stay behind every other process; normal")
+	f.DurationVar(&giveUp, "give-up", 30*time.Minute, "give a target up when nothing has moved for so long")
+	return cmd
+}
+
+// only keeps the repositories with these names, and their problems.
+func only(found repository.Found, names []string) (repository.Found, error) {
+	kept := repository.Found{}
+	for _, name := range names {
+		known := false
+		for _, r := range found.Repositories {
+			if r.Name == name {
+				kept.Repositories, known = append(kept.Repositories, r), true
+			}
+		}
+		for _, p := range found.Problems {
+			if p.Name == name {
+				kept.Problems, known = append(kept.Problems, p), true
+			}
+		}
+		if !known {
+			var all []string
+			for _, r := range found.Repositories {
+				all = append(all, r.Name)
+			}
+			slices.Sort(all)
+			return kept, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("there is no repository %q", name), "there are %v", all))
+		}
+	}
+	return kept, nil
+}
+
+func showPlan(env *Env, found repository.Found) error {
+	w := tabwriter.NewWriter(env.Stdout, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "REPOSITORY\tKIND\tPATH")
+	for _, r := range found.Repositories {
+		fmt.Fprintf(w, "%s\t%s\t%s\n", r.Name, r.Kind, r.Path)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	return problems(found.Problems, len(found.Repositories))
+}
+
+// problems turns what was found wrong into the exit code.
+func problems(p []repository.Problem, good int) error {
+	switch {
+	case len(p) == 0:
+		return nil
+	case len(p) == 1 && good == 0:
+		return fmt.Errorf("%s: %w", p[0].Name, p[0].Err)
+	case good == 0:
+		return fmt.Errorf("%d repositories cannot be pushed", len(p))
+	default:
+		return hint.Exit(hint.ExitPartial, fmt.Errorf("%d of %d repositories cannot be pushed", len(p), len(p)+good))
+	}
+}
+
+func showReport(env *Env, r *push.Report) error {
+	w := tabwriter.NewWriter(env.Stdout, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "TARGET\tREPOSITORY\tRESULT\tGENERATION\tSENT\tTIME")
+	for _, o := range r.Outcomes {
+		result := "unchanged"
+		switch {
+		case o.Err != nil:
+			result = "FAILED"
+		case o.Suspect:
+			result = "new, suspect"
+		case o.New:
+			result = "new"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", o.Target, o.Repository, result, orDash(o.Generation), progress.Bytes(o.Bytes), o.Took.Round(100*time.Millisecond))
+	}
+	for _, p := range r.Problems {
+		fmt.Fprintf(w, "-\t%s\tFAILED\t-\t-\t-\n", p.Name)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for _, o := range r.Outcomes {
+		if o.Err != nil {
+			fmt.Fprintf(env.Stderr, "%s: %s to %s: %v\n", program, o.Repository, o.Target, o.Err)
+			if h := hint.Of(o.Err); h != "" {
+				fmt.Fprintf(env.Stderr, "%s: hint: %s\n", program, h)
+			}
+		}
+	}
+	for _, b := range r.Beats {
+		switch {
+		case b.Err != nil:
+			fmt.Fprintf(env.Stderr, "%s: heartbeat to %s: %v\n", program, b.Target, b.Err)
+		case !b.Sent:
+			fmt.Fprintf(env.Stderr, "%s: no heartbeat to %s: %s\n", program, b.Target, b.Why)
+		}
+	}
+	return nil
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

@@ -1,0 +1,271 @@
+package push
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"farkeep/pusher/freeze"
+	"farkeep/pusher/listing"
+	"farkeep/pusher/progress"
+	"farkeep/pusher/repository"
+	"farkeep/shared/hint"
+	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
+	"farkeep/shared/recipe"
+)
+
+// picture is one repository, frozen where that is possible, and its manifest. A
+// Borg repository's picture is taken once and shared by all targets; the last one
+// that is done with it thaws it.
+type picture struct {
+	repository repository.Repository
+	push       *Push
+
+	mu     sync.Mutex // guards the fields below while the picture is made
+	users  int        // targets that are not done with it yet
+	made   bool
+	err    error
+	frozen *freeze.Freeze // nil for plain files
+	list   *list
+}
+
+// list is a manifest in a file of its own.
+type list struct {
+	path string
+	listing.Result
+}
+
+func (l *list) open() (io.ReadCloser, error) { return os.Open(l.path) }
+
+func (l *list) remove() {
+	if l != nil {
+		os.Remove(l.path)
+	}
+}
+
+// take makes the picture, or waits for another target that makes it.
+func (p *picture) take(ctx context.Context, lane *progress.Lane) (*list, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.made {
+		return p.list, p.err
+	}
+	p.list, p.err = p.make(ctx, lane)
+	p.made = true
+	return p.list, p.err
+}
+
+func (p *picture) make(ctx context.Context, lane *progress.Lane) (*list, error) {
+	r := p.repository
+	if r.Kind != pushwire.KindBorg1 {
+		return p.push.list(ctx, r, r.Path, listing.Options{}, lane)
+	}
+	opt := p.push.Lock
+	opt.Log = p.push.Log
+	opt.Journal = p.push.state("locks", r.Name)
+	var err error
+	if p.frozen, err = freeze.Take(ctx, r.Path, opt); err != nil {
+		return nil, err
+	}
+	// The lock settles it: this is the repository that was checked before.
+	if borg, err := repository.ReadBorg(r.Path); err != nil || borg.ID != r.ID {
+		return nil, errors.Join(fmt.Errorf("repository %s was replaced by another while it was frozen", r.Name), err)
+	}
+	if p.frozen.Held {
+		p.push.Log.Warn("borg's lock is held during the upload: hard links are impossible here", "repository", r.Name, "why", p.frozen.Why)
+	} else {
+		p.push.Log.Info("frozen", "repository", r.Name, "transaction", p.frozen.Transaction, "lock_held", p.frozen.Locked)
+	}
+	return p.push.list(ctx, r, p.frozen.Root, listing.Options{Include: p.frozen.Includes, Was: p.frozen.Was}, lane)
+}
+
+// fresh lists plain files anew: they may have changed since.
+func (p *picture) fresh(ctx context.Context, lane *progress.Lane) (*list, error) {
+	return p.push.list(ctx, p.repository, p.repository.Path, listing.Options{}, lane)
+}
+
+// check reports whether what was uploaded may be committed.
+func (p *picture) check() error {
+	if p.frozen == nil {
+		return nil
+	}
+	return p.frozen.Check()
+}
+
+// done says that one target is done with the picture.
+func (p *picture) done() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.users--
+	if p.users > 0 {
+		return
+	}
+	p.list.remove()
+	if p.frozen == nil {
+		return
+	}
+	moved, err := p.frozen.Thaw()
+	if err == nil {
+		err = listing.Moved(p.push.state("cache", p.repository.Name), func(name string) (int64, int64, bool) {
+			t, ok := moved[name]
+			return t.Before, t.After, ok
+		})
+	}
+	if err != nil {
+		p.push.Log.Warn("after the push", "repository", p.repository.Name, "err", err)
+	}
+}
+
+// state is the path of a repository's file in a folder of the pusher's state.
+func (p *Push) state(folder, name string) string { return filepath.Join(p.State, folder, name) }
+
+// list lists root into a new file.
+func (p *Push) list(ctx context.Context, r repository.Repository, root string, opt listing.Options, lane *progress.Lane) (*list, error) {
+	f, err := os.CreateTemp(filepath.Join(p.State, "work"), r.Name+".manifest-*")
+	if err != nil {
+		return nil, err
+	}
+	l := &list{path: f.Name()}
+	lane.Begin("reading "+r.Name, 0)
+	defer lane.End()
+	opt.Cache, opt.Log = p.state("cache", r.Name), p.Log
+	opt.Read = func(n int) { lane.Add(int64(n)) }
+	l.Result, err = listing.Write(ctx, root, f, opt)
+	if closed := f.Close(); err == nil {
+		err = closed
+	}
+	if err != nil {
+		l.remove()
+		return nil, err
+	}
+	if s := l.Skipped; s.Count > 0 {
+		p.Log.Warn("not mirrored: no generation can hold them", "repository", r.Name, "count", s.Count, "first", s.First, "kind", s.Kind)
+	}
+	return l, nil
+}
+
+// ChangedError says that a file is not what was listed any more.
+type ChangedError struct{ Path string }
+
+func (e *ChangedError) Error() string { return e.Path + " changed during the upload" }
+
+// upload writes the recipes of the needed files to w, and tells sent of every
+// piece of a file that went out.
+func upload(ctx context.Context, w io.Writer, root string, l *list, answer needed, sent func(n int64)) error {
+	dir, err := os.OpenRoot(root)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	in, err := l.open()
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	kept := map[int64]int64{}
+	for _, p := range answer.resume {
+		kept[p.Index] = p.Have
+	}
+	m := manifest.NewReader(in)
+	enc := recipe.NewEncoder(w)
+	buf := make([]byte, 256<<10)
+	left := answer.set.Len()
+	for left > 0 {
+		e, err := m.Next()
+		if errors.Is(err, io.EOF) {
+			return errors.New("the target asks for files that were not offered")
+		}
+		if err != nil {
+			return err
+		}
+		if !answer.set.Has(m.Index()) {
+			continue
+		}
+		if e.Kind != manifest.File {
+			return fmt.Errorf("the target asks for %q, which is a folder", e.Path)
+		}
+		left--
+		if err := uploadFile(ctx, enc, dir, &e, m.Index(), min(kept[m.Index()], e.Size), buf, sent); err != nil {
+			return err
+		}
+	}
+	return enc.Close()
+}
+
+type needed struct {
+	set    *manifest.Set
+	resume []pushwire.Partial
+}
+
+func uploadFile(ctx context.Context, enc *recipe.Encoder, dir *os.Root, e *manifest.Entry, index, keep int64, buf []byte, sent func(int64)) error {
+	// O_NONBLOCK: should a pipe have taken the file's place, do not wait for its writer.
+	f, err := dir.OpenFile(e.Path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &ChangedError{e.Path}
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Size() != e.Size {
+		return &ChangedError{e.Path}
+	}
+	if err := enc.File(index); err != nil {
+		return err
+	}
+	if keep > 0 {
+		if err := enc.Keep(keep); err != nil {
+			return err
+		}
+	}
+	h := manifest.NewHash()
+	in := io.LimitReader(f, e.Size+1)
+	for at := int64(0); ; {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		n, err := in.Read(buf)
+		if n > 0 {
+			h.Write(buf[:n])
+			fresh := buf[min(int64(n), max(0, keep-at)):n]
+			at += int64(n)
+			if at > e.Size {
+				return &ChangedError{e.Path}
+			}
+			if len(fresh) > 0 {
+				if _, err := enc.Write(fresh); err != nil {
+					return err
+				}
+				sent(int64(len(fresh)))
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+	}
+	// The other side would find it too; here it can be named for what it is.
+	if manifest.SumOf(h) != e.Sum {
+		return &ChangedError{e.Path}
+	}
+	return enc.End(e.Sum)
+}
+
+// changedHint explains a file of a frozen Borg repository that changed.
+func changedHint(err error) error {
+	return hint.Because(err, "committed files of a Borg repository never change: check the disk with smartctl, and borg's version; before 1.1.18 and 1.2.1 borg empties a deleted segment through all its hard links")
+}

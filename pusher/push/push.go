@@ -1,0 +1,370 @@
+// Package push carries repositories to targets: freeze, list, offer, upload,
+// commit, and, when everything arrived, heartbeat.
+//
+// Targets are independent of one another: each goes through the repositories at
+// its own pace, and one that fails stops no other. A repository is frozen and
+// listed when the first target gets to it and thawed when the last one is done.
+// What a cut line interrupts is offered again, with jittered pauses, until nothing
+// has moved for [Push.GiveUp]; the target asks only for what it does not have yet.
+//
+// A target gets a heartbeat only if this run brought every repository of the site
+// there, found nothing missing and nothing wrong.
+package push
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"farkeep/pusher/borglock"
+	"farkeep/pusher/progress"
+	"farkeep/pusher/repository"
+	"farkeep/pusher/target"
+	"farkeep/shared/hint"
+	"farkeep/shared/pushwire"
+)
+
+// rounds is how often plain files that change are listed and offered again.
+const rounds = 3
+
+// Push is what to push, and where to.
+type Push struct {
+	Host         string // whose heartbeat it is
+	Repositories []repository.Repository
+	// Problems are repositories that cannot be pushed; with any there is no heartbeat.
+	Problems []repository.Problem
+	// Whole says that Repositories is all that the site has; without it there is no
+	// heartbeat.
+	Whole   bool
+	Targets []target.Target
+
+	State  string // folder of the pusher's state, see [Lock]
+	Memory *repository.Memory
+	Lock   borglock.Options
+	// Rate bounds what each target gets, in bytes per second; 0: no bound.
+	Rate int64
+	// GiveUp is how long a target may be out of reach without anything moving;
+	// 0 means 30 minutes.
+	GiveUp time.Duration
+	// Pause makes the pauses between attempts; nil: from 2 s to 2 min, with jitter.
+	Pause func() backoff.BackOff
+	Now   func() time.Time
+	Log   *slog.Logger
+	Board *progress.Board
+}
+
+// Outcome is how one repository's push to one target ended.
+type Outcome struct {
+	Repository string        `json:"repository"`
+	Target     string        `json:"target"`
+	Generation string        `json:"generation,omitempty"`
+	New        bool          `json:"new"` // false: unchanged, the newest generation was confirmed
+	Suspect    bool          `json:"suspect,omitempty"`
+	Files      int64         `json:"files"` // uploaded
+	Bytes      int64         `json:"bytes"` // uploaded
+	Took       time.Duration `json:"took"`
+	Err        error         `json:"-"`
+	digest     string
+}
+
+// Beat is how a target's heartbeat ended.
+type Beat struct {
+	Target string
+	Sent   bool
+	Why    string // not sent, though nothing failed
+	Err    error
+}
+
+// Report is how everything ended.
+type Report struct {
+	Outcomes []Outcome
+	Beats    []Beat
+	Problems []repository.Problem
+}
+
+// Err sums the report up for the exit code: nil, hint.ExitPartial when some
+// pushes succeeded, the failures' own code when none did.
+func (r *Report) Err() error {
+	var failed []error
+	good := 0
+	for _, p := range r.Problems {
+		failed = append(failed, fmt.Errorf("%s: %w", p.Name, p.Err))
+	}
+	for _, o := range r.Outcomes {
+		if o.Err == nil {
+			good++
+		} else {
+			failed = append(failed, o.Err)
+		}
+	}
+	for _, b := range r.Beats {
+		if b.Err != nil {
+			failed = append(failed, b.Err)
+		}
+	}
+	if len(failed) == 0 {
+		return nil
+	}
+	if good == 0 && len(failed) == 1 {
+		return failed[0]
+	}
+	code := hint.Code(failed[0])
+	for _, err := range failed {
+		if hint.Code(err) != code {
+			code = hint.ExitFailure
+		}
+	}
+	for _, err := range failed {
+		if errors.Is(err, context.Canceled) {
+			return hint.Exit(hint.ExitCancelled, fmt.Errorf("interrupted; %d pushes were done", good))
+		}
+	}
+	err := fmt.Errorf("%d pushes failed, %d succeeded", len(failed), good)
+	if good > 0 {
+		code = hint.ExitPartial
+	}
+	return hint.Exit(code, hint.Because(err, "see the lines above; what succeeded need not be repeated"))
+}
+
+// Run pushes everything and returns when all is done, or given up.
+func (p *Push) Run(ctx context.Context) *Report {
+	if p.GiveUp == 0 {
+		p.GiveUp = 30 * time.Minute
+	}
+	if p.Pause == nil {
+		p.Pause = func() backoff.BackOff {
+			b := backoff.NewExponentialBackOff()
+			b.InitialInterval, b.MaxInterval, b.Multiplier, b.RandomizationFactor = 2*time.Second, 2*time.Minute, 2, 0.5
+			return b
+		}
+	}
+	report := &Report{Problems: p.Problems}
+	pictures := make([]*picture, len(p.Repositories))
+	for i, r := range p.Repositories {
+		pictures[i] = &picture{repository: r, push: p, users: len(p.Targets)}
+	}
+	var mu sync.Mutex // guards report
+	var all sync.WaitGroup
+	for _, t := range p.Targets {
+		lane := p.Board.Lane(t.Name())
+		all.Go(func() {
+			outcomes, beat := p.target(ctx, t, pictures, lane)
+			mu.Lock()
+			defer mu.Unlock()
+			report.Outcomes = append(report.Outcomes, outcomes...)
+			report.Beats = append(report.Beats, beat)
+		})
+	}
+	all.Wait()
+	slices.SortStableFunc(report.Outcomes, func(a, b Outcome) int { return strings.Compare(a.Target, b.Target) })
+	slices.SortStableFunc(report.Beats, func(a, b Beat) int { return strings.Compare(a.Target, b.Target) })
+	return report
+}
+
+// target brings all repositories to one target.
+func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture, lane *progress.Lane) ([]Outcome, Beat) {
+	beat := Beat{Target: t.Name()}
+	outcomes := make([]Outcome, 0, len(pictures))
+	failed := false
+	// An unreachable target is found out before anything is frozen for it.
+	awake := p.retry(ctx, t, nil, func() error { return t.Wake(ctx) })
+	for _, pic := range pictures {
+		start := p.Now()
+		o := Outcome{Repository: pic.repository.Name, Target: t.Name(), Err: awake}
+		if o.Err == nil {
+			o.Err = p.one(ctx, t, pic, &o, lane)
+		}
+		pic.done()
+		o.Took = p.Now().Sub(start)
+		if o.Err != nil {
+			failed = true
+			p.Log.Error("push failed", "repository", o.Repository, "target", o.Target, "err", o.Err)
+		} else {
+			p.Log.Info("pushed", "repository", o.Repository, "target", o.Target, "generation", o.Generation, "new", o.New, "files", o.Files, "bytes", o.Bytes, "took", o.Took.Round(time.Millisecond))
+		}
+		outcomes = append(outcomes, o)
+	}
+	switch {
+	case failed || len(p.Problems) > 0:
+		beat.Why = "not everything arrived"
+	case !p.Whole:
+		beat.Why = "only some repositories were pushed"
+	case len(outcomes) == 0:
+		beat.Why = "there is nothing to push"
+	default:
+		h := pushwire.Heartbeat{Host: p.Host, At: p.Now().UTC()}
+		for _, o := range outcomes {
+			h.Repositories = append(h.Repositories, pushwire.RepositoryDigest{Name: o.Repository, Digest: o.digest})
+		}
+		beat.Err = p.retry(ctx, t, nil, func() error { return t.Heartbeat(ctx, h) })
+		beat.Sent = beat.Err == nil
+	}
+	return outcomes, beat
+}
+
+// one brings one repository to one target.
+func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcome, lane *progress.Lane) error {
+	l, err := pic.take(ctx, lane)
+	if err != nil {
+		return err
+	}
+	plain := pic.repository.Kind == pushwire.KindFiles
+	for round := 1; ; round++ {
+		again, err := p.offerUntilDone(ctx, t, pic, l, o, lane)
+		if !again {
+			if err == nil {
+				o.digest = l.Digest.String()
+				err = p.Memory.Pushed(pic.repository, t.Name(), repository.Push{At: p.Now().UTC(), Generation: o.Generation, Digest: o.digest, New: o.New})
+			}
+			return err
+		}
+		var changed *ChangedError
+		if !plain || round == rounds {
+			if errors.As(err, &changed) && !plain {
+				return changedHint(err)
+			}
+			return hint.Because(err, "push when nothing writes to it, or from a snapshot")
+		}
+		p.Log.Info("listing again", "repository", pic.repository.Name, "target", t.Name(), "why", err)
+		fresh, err := pic.fresh(ctx, lane)
+		if err != nil {
+			return err
+		}
+		defer fresh.remove()
+		l = fresh
+	}
+}
+
+// offerUntilDone offers, uploads and commits, again after every cut. again says
+// that the list is not true any more, which err explains.
+func (p *Push) offerUntilDone(ctx context.Context, t target.Target, pic *picture, l *list, o *Outcome, lane *progress.Lane) (again bool, err error) {
+	moved := func() int64 { return o.Bytes }
+	recommitted := false
+	err = p.retry(ctx, t, moved, func() error {
+		again = false
+		err := p.once(ctx, t, pic, l, o, lane)
+		var changed *ChangedError
+		var commit *commitError
+		switch {
+		case errors.As(err, &changed):
+			again = true
+		case errors.As(err, &commit) && !target.Temporary(err) && !recommitted && ctx.Err() == nil:
+			// The target may have found, while it committed, that it must ask for
+			// more: the next offer tells.
+			recommitted = true
+			p.Log.Warn("offering again", "repository", o.Repository, "target", o.Target, "err", err)
+			err = p.once(ctx, t, pic, l, o, lane)
+		}
+		return err
+	})
+	return again, err
+}
+
+type commitError struct{ err error }
+
+func (e *commitError) Error() string { return e.err.Error() }
+func (e *commitError) Unwrap() error { return e.err }
+
+// once is one attempt at the transaction.
+func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list, o *Outcome, lane *progress.Lane) error {
+	if err := t.Wake(ctx); err != nil {
+		return err
+	}
+	r := pic.repository
+	offer := pushwire.Offer{Digest: l.Digest.String(), Entries: l.Entries, Bytes: l.Bytes, Kind: r.Kind, RepositoryID: r.ID}
+	answer, err := t.Offer(ctx, r.Name, offer, l.open)
+	if err != nil {
+		return err
+	}
+	if answer.Answer == pushwire.AnswerSame {
+		// Also after a commit whose answer was lost: then the generation is ours.
+		o.Generation = answer.Generation
+		return nil
+	}
+	if answer.Answer != pushwire.AnswerSend || answer.Needed == nil {
+		return fmt.Errorf("offer %s: %.40q is no known answer", r.Name, answer.Answer)
+	}
+	if answer.Needed.Len() > 0 {
+		if err := p.upload(ctx, t, pic, l, answer, o, lane); err != nil {
+			return err
+		}
+	}
+	if err := pic.check(); err != nil {
+		return err
+	}
+	if r.Kind == pushwire.KindFiles {
+		now, err := pic.fresh(ctx, lane)
+		if err != nil {
+			return err
+		}
+		now.remove()
+		if now.Digest != l.Digest {
+			return &ChangedError{r.Path}
+		}
+	}
+	lane.Begin("committing "+r.Name, 0)
+	defer lane.End()
+	done, err := t.Commit(ctx, answer.Push)
+	if err != nil {
+		return &commitError{err}
+	}
+	o.Generation, o.New, o.Suspect = done.Generation, true, done.Suspect
+	return nil
+}
+
+func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *list, answer target.Answer, o *Outcome, lane *progress.Lane) error {
+	lane.Begin(pic.repository.Name, answer.NeedBytes)
+	defer lane.End()
+	root := pic.repository.Path
+	if pic.frozen != nil {
+		root = pic.frozen.Root
+	}
+	sent := func(n int64) {
+		o.Bytes += n
+		lane.Add(n)
+	}
+	got, err := t.Upload(ctx, answer.Push, func(w io.Writer) error {
+		if p.Rate > 0 {
+			w = &limited{ctx, w, &limit{rate: p.Rate, now: p.Now, wait: sleep, due: p.Now()}}
+		}
+		return upload(ctx, w, root, l, needed{answer.Needed, answer.Resume}, sent)
+	})
+	o.Files += got.Files
+	return err
+}
+
+// retry repeats attempt while its errors are temporary, with jittered pauses,
+// until p.GiveUp has passed in which moved, if there is one, did not grow.
+func (p *Push) retry(ctx context.Context, t target.Target, moved func() int64, attempt func() error) error {
+	pause := p.Pause()
+	last, since := int64(0), p.Now()
+	for {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		err := attempt()
+		if !target.Temporary(err) {
+			return err
+		}
+		if moved != nil && moved() > last {
+			last, since = moved(), p.Now()
+			pause.Reset()
+		}
+		wait := pause.NextBackOff()
+		if p.Now().Add(wait).Sub(since) > p.GiveUp {
+			return fmt.Errorf("gave up after %s: %w", p.Now().Sub(since).Round(time.Second), err)
+		}
+		p.Log.Warn("trying again", "target", t.Name(), "in", wait.Round(100*time.Millisecond), "err", err)
+		if err := sleep(ctx, wait); err != nil {
+			return err
+		}
+	}
+}

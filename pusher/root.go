@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/term"
+
+	"farkeep/pusher/appliance"
+	"farkeep/pusher/directory"
+	"farkeep/pusher/repository"
+	"farkeep/pusher/target"
+	"farkeep/shared/hint"
+	"farkeep/shared/identity"
+	"farkeep/shared/site"
+	"farkeep/shared/tomlfile"
+)
+
+const program = "farkeep-pusher"
+
+// Env is what the commands know of the world, so that tests can run them in
+// their own process.
+type Env struct {
+	Stdout, Stderr io.Writer
+	Terminal       func() int // the width of the terminal behind Stderr; nil if there is none
+	Getenv         func(string) string
+	Now            func() time.Time
+}
+
+// terminalOf returns what tells a terminal's width, nil if f is none.
+func terminalOf(f *os.File) func() int {
+	if !term.IsTerminal(int(f.Fd())) {
+		return nil
+	}
+	return func() int {
+		width, _, err := term.GetSize(int(f.Fd()))
+		if err != nil {
+			return 80
+		}
+		return width
+	}
+}
+
+// run executes one command line and returns the exit code.
+func run(ctx context.Context, args []string, env *Env) int {
+	root := newRootCmd(env)
+	root.SetArgs(args)
+	return hint.Report(env.Stderr, program, root.ExecuteContext(ctx))
+}
+
+// places are where things are, as the flags say.
+type places struct {
+	site, identity, state string
+	verbose               bool
+}
+
+func newRootCmd(env *Env) *cobra.Command {
+	at := &places{}
+	root := &cobra.Command{
+		Use:   program,
+		Short: "Carry Borg repositories to appliances elsewhere",
+		Long: `farkeep-pusher mirrors the repositories of a Borg server to its appliances, as
+generations that nobody at home can alter. Borg goes on meanwhile: a repository
+is locked for a moment only.
+
+Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 partly
+done, 4 refused by the other side, 5 out of reach, 130 interrupted.`,
+		Example: `  farkeep-pusher check
+  farkeep-pusher push
+  farkeep-pusher status`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          usage(cobra.NoArgs),
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.SetOut(env.Stdout)
+	root.SetErr(env.Stderr)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
+	})
+	f := root.PersistentFlags()
+	f.StringVar(&at.site, "site", "/etc/farkeep/site.toml", "the site")
+	f.StringVar(&at.identity, "identity", "/etc/farkeep/pusher/ssh_key", "the pusher's SSH key")
+	f.StringVar(&at.state, "state", "/var/lib/farkeep-pusher", "folder of what the pusher remembers")
+	f.BoolVarP(&at.verbose, "verbose", "v", false, "say more")
+	root.AddCommand(newPushCmd(env, at), newStatusCmd(env, at), newCheckCmd(env, at), newForgetCmd(env, at))
+	return root
+}
+
+// usage makes wrong arguments a usage error.
+func usage(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
+		}
+		return nil
+	}
+}
+
+func (at *places) logger(w io.Writer) *slog.Logger {
+	level := slog.LevelInfo
+	if at.verbose {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+// readSite reads the site.
+func (at *places) readSite() (*site.Site, error) {
+	s, err := site.Read(at.site)
+	var bad *tomlfile.Error
+	switch {
+	case err == nil:
+		return s, nil
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, hint.Exit(hint.ExitUsage, hint.Because(err, `"farkeep-image site init" makes it on the operator's laptop; copy it here, or name it: --site FILE`))
+	case errors.As(err, &bad):
+		return nil, hint.Exit(hint.ExitUsage, err)
+	default:
+		return nil, err
+	}
+}
+
+// readIdentity reads the push key and makes sure that it is the site's.
+func (at *places) readIdentity(s *site.Site) (ssh.Signer, error) {
+	signer, err := identity.ReadSigner(at.identity)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			err = hint.Because(err, `copy the folder home/pusher of the site's secrets here, or name the key: --identity FILE`)
+		}
+		return nil, hint.Exit(hint.ExitUsage, err)
+	}
+	if !identity.SamePublic(identity.Line(signer.PublicKey(), ""), s.Home.PushKey) {
+		err := fmt.Errorf("the key %s is not the push_key of %s", at.identity, at.site)
+		return nil, hint.Exit(hint.ExitUsage, hint.Because(err, "both must come from the same run of farkeep-image site"))
+	}
+	return signer, nil
+}
+
+// targets makes the targets with these names; none, or "all", means all.
+func (at *places) targets(s *site.Site, names []string, memory *repository.Memory, env *Env, log *slog.Logger) ([]target.Target, error) {
+	wanted := func(name string) bool {
+		return len(names) == 0 || slices.Contains(names, "all") || slices.Contains(names, name)
+	}
+	var all []target.Target
+	known := []string{"all"}
+	var signer ssh.Signer
+	for _, a := range s.Appliances {
+		known = append(known, a.Name)
+		if !wanted(a.Name) {
+			continue
+		}
+		if signer == nil {
+			var err error
+			if signer, err = at.readIdentity(s); err != nil {
+				return nil, err
+			}
+		}
+		key, err := identity.ParsePublic(a.HostKey)
+		if err != nil {
+			return nil, hint.Exit(hint.ExitUsage, fmt.Errorf("%s: host key of %s: %w", at.site, a.Name, err))
+		}
+		all = append(all, appliance.New(appliance.Config{
+			Name: a.Name, Address: a.Address, HostKey: key, Identity: signer,
+			WakeWait: time.Duration(s.Push.WakeWait), Log: log,
+		}))
+	}
+	used, err := usedTargets(memory)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range s.Directories {
+		known = append(known, d.Name)
+		if wanted(d.Name) {
+			all = append(all, directory.New(directory.Config{Name: d.Name, Path: d.Path, Used: used[d.Name], Pusher: s.Home.Name, Now: env.Now, Log: log}))
+		}
+	}
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), "one of %v", known))
+		}
+	}
+	if len(all) == 0 {
+		return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target", at.site), `"farkeep-image site add appliance" adds one`))
+	}
+	return all, nil
+}
+
+// usedTargets are those that took a push before.
+func usedTargets(m *repository.Memory) (map[string]bool, error) {
+	all, err := m.All()
+	if err != nil {
+		return nil, err
+	}
+	used := map[string]bool{}
+	for _, r := range all {
+		for name := range r.Pushed {
+			used[name] = true
+		}
+	}
+	return used, nil
+}
+
+// find looks for the site's repositories and compares them with what is
+// remembered. What fails is a problem of the result.
+func find(s *site.Site, memory *repository.Memory) (repository.Found, error) {
+	found := repository.Find(s)
+	var good []repository.Repository
+	for _, r := range found.Repositories {
+		if err := memory.Check(r); err != nil {
+			found.Problems = append(found.Problems, repository.Problem{Name: r.Name, Err: err})
+			continue
+		}
+		good = append(good, r)
+	}
+	found.Repositories = good
+	var folders []string
+	for _, f := range s.Folders {
+		folders = append(folders, f.Path)
+	}
+	missing, err := memory.Missing(found, folders)
+	if err != nil {
+		return found, err
+	}
+	found.Problems = append(found.Problems, missing...)
+	return found, nil
+}
+
+func (at *places) memory() (*repository.Memory, error) {
+	m, err := repository.OpenMemory(filepath.Join(at.state, "repositories"))
+	if err != nil {
+		return nil, hint.Because(fmt.Errorf("open the pusher's state: %w", err), "run as the user who pushes, or name another folder: --state DIR")
+	}
+	return m, nil
+}
