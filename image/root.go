@@ -61,7 +61,9 @@ func newRootCmd(env *Env) *cobra.Command {
 		newBuildCmd(env),
 		newPersonaliseCmd(env),
 		newSiteCmd(env),
+		newDiskCmd(env),
 		newEmulateCmd(env),
+		newDemoCmd(env),
 	)
 	return root
 }
