@@ -15,11 +15,10 @@ import (
 
 // partEntry is all that the supervisor knows of one part.
 type partEntry struct {
-	name         string
-	required     bool // without it the appliance does not do its job
-	firmwareOnly bool // under another system, that system does it
-	child        bool // started by another part, not by the supervisor
-	run          func(context.Context, *part.Env) error
+	name     string
+	required bool // without it the appliance does not do its job
+	child    bool // started by another part, not by the supervisor
+	run      func(context.Context, *part.Env) error
 	// profile is what the part may do; the child asks for it too.
 	profile func(part.Header) confine.Profile
 	// brief is the part's share of the settings: what it needs, nothing else.
@@ -41,7 +40,7 @@ func findPart(name string) (partEntry, bool) {
 func specs(h part.Header, s *settings.Appliance) []supervise.Spec {
 	var out []supervise.Spec
 	for _, p := range parts() {
-		if p.child || p.firmwareOnly && !h.Firmware {
+		if p.child {
 			continue
 		}
 		h := h

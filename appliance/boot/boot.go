@@ -86,6 +86,7 @@ func Steps() []Step {
 		{"state", false, "check and mount the state partition; without it, state lives in RAM", 6 * time.Minute, mountState},
 		{"log file", false, "write the log to the state partition", quick, openLog},
 		{"folders", true, "make the parts' folders, each owned by its part", quick, folders},
+		{"resolvers", false, "link /etc/resolv.conf to the file that the network part writes", quick, resolvers},
 		{"host name", false, "take the appliance's name", quick, hostName},
 	}
 }
@@ -151,6 +152,15 @@ func openLog(_ context.Context, m *Machine) error {
 }
 
 func folders(_ context.Context, m *Machine) error { return m.Folders() }
+
+// resolvers links to a file that does not exist yet: the network part, which
+// writes it, may not write to /etc.
+func resolvers(_ context.Context, m *Machine) error {
+	if err := os.Symlink(filepath.Join(m.Paths.RunDir(part.Network), "resolv.conf"), "/etc/resolv.conf"); err != nil {
+		return fmt.Errorf("link the resolvers' file: %w", err)
+	}
+	return nil
+}
 
 func armWatchdog(_ context.Context, m *Machine) error {
 	devices, err := watchdog.Find("/")
