@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"slices"
+	"strconv"
 
 	"farkeep/shared/beneath"
 	"farkeep/shared/manifest"
@@ -74,7 +75,7 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	if err != nil {
 		return Answer{}, err
 	}
-	half, err := t.listBuilding()
+	halves, err := t.listBuilding()
 	if err != nil {
 		return Answer{}, err
 	}
@@ -115,18 +116,18 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 			t.missing.Add(c.Index)
 			cost.file(e.Size)
 			newBytes += e.Size
-			have, ok := half[e.Sum]
+			half, ok := halves[e.Sum]
 			switch {
 			case !ok:
-			case have == e.Size:
+			case half.size == e.Size:
 				finished = append(finished, finishedFile{*e, c.Index})
-				delete(half, e.Sum)
-			case have < e.Size && have >= MinResume && len(answer.Resume) < pushwire.MaxPartials:
-				answer.Resume = append(answer.Resume, pushwire.Partial{Index: c.Index, Have: have})
-				t.partials[e.Sum] = have
-				cost.bytes -= have
-				answer.NeedBytes -= have
-				delete(half, e.Sum)
+				delete(halves, e.Sum)
+			case half.durable < e.Size && half.durable >= MinResume && len(answer.Resume) < pushwire.MaxPartials:
+				answer.Resume = append(answer.Resume, pushwire.Partial{Index: c.Index, Have: half.durable})
+				t.partials[e.Sum] = half.durable
+				cost.bytes -= half.durable
+				answer.NeedBytes -= half.durable
+				delete(halves, e.Sum)
 			}
 			answer.NeedBytes += e.Size
 		}
@@ -141,7 +142,7 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	if old != nil && old.Summary().Digest != base.Digest {
 		return Answer{}, fmt.Errorf("%w: the MANIFEST of %s is not the one that its %s names", ErrDamaged, base.Name, TOMLFile)
 	}
-	if err := t.dropUseless(objects, there, half); err != nil {
+	if err := t.dropUseless(objects, there, halves); err != nil {
 		return Answer{}, err
 	}
 	if err := t.adopt(ctx, objects, finished, &answer); err != nil {
@@ -291,7 +292,7 @@ func sumOfName(name string) (sum manifest.Sum, err error) {
 }
 
 // dropUseless removes complete and half-built files that the offer has no use for.
-func (t *Transaction) dropUseless(objects *beneath.Dir, there *objectList, half map[manifest.Sum]int64) error {
+func (t *Transaction) dropUseless(objects *beneath.Dir, there *objectList, halves map[manifest.Sum]half) error {
 	if slices.Contains(there.wanted, false) {
 		err := objects.Each(func(e fs.DirEntry) error {
 			sum, err := sumOfName(e.Name())
@@ -312,7 +313,7 @@ func (t *Transaction) dropUseless(objects *beneath.Dir, there *objectList, half 
 		return err
 	}
 	defer building.Close()
-	for sum := range half {
+	for sum := range halves {
 		if err := building.RemoveAll(sum.String()); err != nil {
 			return err
 		}
@@ -324,26 +325,33 @@ func (t *Transaction) dropUseless(objects *beneath.Dir, there *objectList, half 
 // cut caught between its sync and its renames, and what was cut.
 const maxHalf = 2*batchFiles + pushwire.MaxPartials
 
-// listBuilding returns the half-built files and their sizes. Sizes are rounded
-// down: after a power cut the last piece of a file that was growing may be
-// wrong. Should more be wrong, the hash of the whole file finds it.
-func (t *Transaction) listBuilding() (map[manifest.Sum]int64, error) {
+// half is a file in building/.
+type half struct {
+	size    int64
+	durable int64 // of it, what a power cut cannot have touched
+}
+
+// listBuilding returns the half-built files.
+func (t *Transaction) listBuilding() (map[manifest.Sum]half, error) {
 	building, err := t.dir.Dir(buildingFolder)
 	if err != nil {
 		return nil, err
 	}
 	defer building.Close()
-	half := map[manifest.Sum]int64{}
+	if t.durable, err = t.readCheckpoints(); err != nil {
+		return nil, err
+	}
+	files := map[manifest.Sum]half{}
 	err = building.Each(func(e fs.DirEntry) error {
 		sum, err := sumOfName(e.Name())
-		if err != nil || len(half) == maxHalf || !e.Type().IsRegular() {
+		if err != nil || len(files) == maxHalf || !e.Type().IsRegular() {
 			return building.RemoveAll(e.Name())
 		}
 		st, err := building.Stat(e.Name())
-		half[sum] = st.Size
+		files[sum] = half{st.Size, min(t.durable[sum], st.Size)}
 		return err
 	})
-	return half, err
+	return files, err
 }
 
 // finishedFile lies in building/ with its full size.
@@ -417,6 +425,40 @@ func hashFile(ctx context.Context, dir *beneath.Dir, path string, size int64, bu
 			return manifest.Sum{}, err
 		}
 	}
+}
+
+// readCheckpoints loads the durable lengths of half-built files.
+func (t *Transaction) readCheckpoints() (map[manifest.Sum]int64, error) {
+	lengths := map[manifest.Sum]int64{}
+	data, err := t.dir.ReadFile(checkpointFile, 64<<10)
+	if errors.Is(err, fs.ErrNotExist) {
+		return lengths, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for line := range bytes.Lines(data) {
+		name, length, _ := bytes.Cut(bytes.TrimSuffix(line, []byte("\n")), []byte(" "))
+		sum, err := sumOfName(string(name))
+		n, nerr := strconv.ParseInt(string(length), 10, 64)
+		if err == nil && nerr == nil && n > 0 {
+			lengths[sum] = n
+		}
+	}
+	return lengths, nil
+}
+
+// checkpoint takes note that the first n bytes of a half-built file are durable.
+func (t *Transaction) checkpoint(sum manifest.Sum, n int64) error {
+	if _, ok := t.durable[sum]; !ok && len(t.durable) > pushwire.MaxPartials {
+		clear(t.durable) // as many as are offered to resume are enough
+	}
+	t.durable[sum] = n
+	var text []byte
+	for sum, n := range t.durable {
+		text = fmt.Appendf(text, "%v %d\n", sum, n)
+	}
+	return t.store.writeFile(t.dir, checkpointFile, text, 0o600)
 }
 
 // readDistrust loads the hashes that may not be linked from the base.

@@ -96,9 +96,10 @@ type workshop struct {
 	name    string // in building/ and objects/: the sum
 	size    int64  // announced
 	f       *os.File
-	written int64 // length
-	pushed  int64 // write-out was started up to here
-	settled int64 // and finished up to here
+	written int64     // length
+	pushed  int64     // write-out was started up to here
+	settled int64     // and finished up to here
+	noted   time.Time // of the last checkpoint, or of the start
 
 	source     *os.File // of the last copy
 	sourcePath string
@@ -171,7 +172,7 @@ func (w *workshop) file(d *recipe.Decoder, list *manifest.Reader, index int64) e
 			return err
 		}
 	}
-	w.written, w.pushed, w.settled = 0, 0, 0
+	w.written, w.pushed, w.settled, w.noted = 0, 0, 0, w.t.store.opt.Now()
 	err := recipe.Build(d, e, w, w.buf)
 	if err == nil && w.f == nil {
 		err = w.start() // an empty file
@@ -245,7 +246,20 @@ func (w *workshop) push() error {
 		w.settled = w.pushed
 	}
 	w.pushed = end
+	if err == nil && w.t.store.opt.Now().Sub(w.noted) >= batchTime {
+		err = w.note()
+	}
 	return err
+}
+
+// note makes a checkpoint. The size of a file that was growing when the power
+// went is no proof: ext4 may have recorded it before the bytes that it covers.
+func (w *workshop) note() error {
+	if err := w.f.Sync(); err != nil {
+		return err
+	}
+	w.noted = w.t.store.opt.Now()
+	return w.t.checkpoint(w.sum, w.written)
 }
 
 // syncRange hands errors of the disk on and ignores a file system that cannot do
@@ -325,14 +339,15 @@ func (w *workshop) finish(index int64) error {
 // cause: the beginning of a long one is worth keeping, unless it is known to be
 // wrong, or the disk needs the room.
 func (w *workshop) cut(cause error) error {
-	f := w.f
-	w.f = nil
-	if f == nil {
+	if w.f == nil {
 		return nil
 	}
-	defer f.Close()
+	defer func() {
+		w.f.Close()
+		w.f = nil
+	}()
 	keep := w.written >= MinResume && !errors.Is(cause, recipe.ErrSum) && !errors.Is(cause, unix.ENOSPC) && !errors.Is(cause, unix.EDQUOT)
-	if keep && f.Sync() == nil {
+	if keep && w.note() == nil {
 		return nil
 	}
 	return w.building.RemoveAll(w.name)

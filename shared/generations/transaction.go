@@ -25,6 +25,7 @@ import (
 //	MANIFEST    what was offered
 //	objects/    complete files, verified and durable, named by their hash
 //	building/   files that are being written, named by the hash they shall have
+//	checkpoint  how much of half-built files is durable
 //	distrust    hashes that the newest generation should have, and has not
 //	generation/ what becomes the generation; only during a commit
 //
@@ -35,6 +36,7 @@ const (
 	pushFile       = "push.toml"
 	objectsFolder  = "objects"
 	buildingFolder = "building"
+	checkpointFile = "checkpoint"
 	distrustFile   = "distrust"
 	stagingFolder  = "generation"
 	newManifest    = ".MANIFEST.new"
@@ -121,7 +123,8 @@ type Transaction struct {
 
 	base       Generation // Name "" for none
 	missing    *manifest.Set
-	partials   map[manifest.Sum]int64
+	partials   map[manifest.Sum]int64 // half-built files that the answer offered to resume
+	durable    map[manifest.Sum]int64 // the content of the file checkpoint
 	distrusted map[manifest.Sum]bool
 }
 
