@@ -1,0 +1,268 @@
+package demo
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"farkeep/image/luksfile"
+	"farkeep/image/mailsink"
+	"farkeep/image/stage"
+	"farkeep/shared/pushwire"
+)
+
+// push runs the pusher, which must succeed.
+func (d *show) push(ctx context.Context, what, target string) error {
+	return d.step(what, func() error {
+		out, err := d.s.Push(ctx, "--target", target)
+		if err == nil {
+			d.say("%s", out)
+		}
+		return err
+	})
+}
+
+// uploading waits until so many bytes have gone to the appliance since now.
+func (d *show) uploading(ctx context.Context, a *stage.Appliance, bytes uint64) error {
+	return within(ctx, 2*time.Minute, func(ctx context.Context) error {
+		start, err := d.s.Sent(a.Name)
+		if err != nil {
+			return err
+		}
+		for {
+			now, err := d.s.Sent(a.Name)
+			if err != nil || now-start >= bytes {
+				return err
+			}
+			select {
+			case <-ctx.Done():
+				return fmt.Errorf("only %d bytes went to %s: %w", now-start, a.Name, ctx.Err())
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	})
+}
+
+func (d *show) generations(ctx context.Context, a *stage.Appliance) ([]pushwire.Generation, error) {
+	text, err := a.SSH(ctx, "home/pusher/ssh_key", "generations")
+	if err != nil {
+		return nil, err
+	}
+	var all []pushwire.Generation
+	dec := json.NewDecoder(strings.NewReader(text))
+	for {
+		var g pushwire.Generation
+		err := dec.Decode(&g)
+		if errors.Is(err, io.EOF) {
+			return all, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("generations of %s: %w", a.Name, err)
+		}
+		all = append(all, g)
+	}
+}
+
+func sameGenerations(before, after []pushwire.Generation) error {
+	for _, g := range before {
+		if !slices.Contains(after, g) {
+			return fmt.Errorf("%s %s is gone or changed", g.Repository, g.Name)
+		}
+	}
+	if len(before) == 0 {
+		return errors.New("there was no generation to compare")
+	}
+	return nil
+}
+
+// mail waits for a mail that came after since.
+func (d *show) mail(ctx context.Context, wait time.Duration, since time.Time, match func(mailsink.Message) bool) (m mailsink.Message, err error) {
+	err = within(ctx, wait, func(ctx context.Context) error {
+		m, err = d.s.Mail.Wait(ctx, func(m mailsink.Message) bool { return m.At.After(since) && match(m) })
+		return err
+	})
+	if err != nil {
+		var subjects []string
+		for _, m := range d.s.Mail.Messages() {
+			subjects = append(subjects, m.Subject())
+		}
+		err = fmt.Errorf("%w; mails so far: %q", err, subjects)
+	}
+	return m, err
+}
+
+// refused tries what the appliance must not allow.
+func (d *show) refused(ctx context.Context) error {
+	for identity, verb := range map[string]string{
+		"home/pusher/ssh_key":  "logs",
+		"operator/restore_key": "commit x",
+	} {
+		out, err := d.vault.SSH(ctx, identity, strings.Fields(verb)...)
+		var failed *stage.CommandError
+		if !errors.As(err, &failed) || failed.Code() != 4 || out != "" {
+			return fmt.Errorf("%s with %s: %q, %v", verb, identity, out, err)
+		}
+		d.say("%s: %s", verb, firstLine(failed.Diagnostics))
+	}
+	batch := filepath.Join(d.dir, "sftp.forbidden")
+	if err := os.WriteFile(batch, []byte("put "+batch+" /notes/planted\n"), 0o600); err != nil {
+		return err
+	}
+	if _, err := d.vault.SFTP(ctx, batch); err == nil {
+		return errors.New("sftp could write")
+	}
+	return nil
+}
+
+func firstLine(s string) string {
+	line, _, _ := strings.Cut(s, "\n")
+	return line
+}
+
+// checkBorg proves that a copy is the repository: by Borg's own full check, and
+// by comparing what it extracts with the source.
+func (d *show) checkBorg(ctx context.Context, what string, b *borg, copied string) error {
+	return d.step(what, func() error {
+		// A fresh memory: Borg would call the copy an attack if it remembered a newer one.
+		// Generations are read-only, and Borg wants to lock what it reads.
+		if _, err := d.s.Run(ctx, "chmod", "-R", "u+rwX", copied); err != nil {
+			return err
+		}
+		c := b.at(copied)
+		c.env = append(slices.Clone(c.env), "BORG_BASE_DIR="+filepath.Join(d.dir, "borg-elsewhere"))
+		if err := c.run(ctx, "check", "--verify-data", c.path); err != nil {
+			return err
+		}
+		archives, err := d.s.RunWith(ctx, c.env, "borg", "list", "--short", c.path)
+		if err != nil {
+			return err
+		}
+		names := strings.Fields(archives)
+		if len(names) == 0 {
+			return errors.New("the copy holds no archive")
+		}
+		out := copied + ".extracted"
+		if err := os.MkdirAll(out, 0o700); err != nil {
+			return err
+		}
+		shell := fmt.Sprintf("cd '%s' && borg extract '%s::%s'", out, c.path, names[len(names)-1])
+		if _, err := d.s.RunWith(ctx, c.env, "sh", "-c", shell); err != nil {
+			return err
+		}
+		_, err = d.s.Run(ctx, "diff", "-r", b.source, filepath.Join(out, b.source))
+		if err == nil {
+			d.say("archive %s equals its source", names[len(names)-1])
+		}
+		return err
+	})
+}
+
+// outside reads the barn's disk as a stranger with the recovery key would: no
+// appliance, no key server, stock tools for everything but the decryption, which
+// this machine's kernel may not be able to do.
+func (d *show) outside(ctx context.Context) error {
+	plain := filepath.Join(d.dir, "barn.plain")
+	if err := d.step("decrypt, e2fsck, and copy the generations out with debugfs", func() error {
+		key, err := os.ReadFile(filepath.Join(d.s.Site, "operator", d.barn.LUKS+".recovery.key"))
+		if err != nil {
+			return err
+		}
+		if err := luksfile.Decrypt(ctx, d.barn.Disk, key, plain); err != nil {
+			return err
+		}
+		if _, err := d.s.Run(ctx, "e2fsck", "-fn", plain); err != nil {
+			return err
+		}
+		out := filepath.Join(d.dir, "outside")
+		if err := os.MkdirAll(out, 0o700); err != nil {
+			return err
+		}
+		_, err = d.s.Run(ctx, "debugfs", "-R", fmt.Sprintf("rdump /generations %s", out), plain)
+		return err
+	}); err != nil {
+		return err
+	}
+	generations, err := filepath.Glob(filepath.Join(d.dir, "outside", "generations", "media", "*"))
+	if err != nil || len(generations) != 1 {
+		return fmt.Errorf("generations of media on the disk: %v, %v", generations, err)
+	}
+	files := filepath.Join(generations[0], "files")
+	if err := d.step("b2sum -c every file of the generation", func() error {
+		_, err := d.s.Run(ctx, "sh", "-c", fmt.Sprintf("cd '%s' && b2sum -l 256 --quiet -c SUMS.b2", generations[0]))
+		return err
+	}); err != nil {
+		return err
+	}
+	return d.checkBorg(ctx, "borg check --verify-data it, extract it, compare it with the source", d.media, files)
+}
+
+// search looks for the LUKS keys wherever a thief could.
+func (d *show) search(ctx context.Context) error {
+	d.chapter("9. What the thief has")
+	return d.step("search the card and the disk of both for the keys, in any form", func() error {
+		if err := errors.Join(d.vault.CutPower(), d.barn.CutPower()); err != nil {
+			return err
+		}
+		for _, a := range []*stage.Appliance{d.vault, d.barn} {
+			for _, path := range []string{
+				filepath.Join(d.s.KeyServerSecrets(), "keys", a.LUKS+".key"),
+				filepath.Join(d.s.Site, "operator", a.LUKS+".recovery.key"),
+			} {
+				key, err := os.ReadFile(path)
+				if err != nil {
+					return err
+				}
+				for _, image := range []string{a.Card, a.Disk} {
+					if err := searchFile(ctx, image, key); err != nil {
+						return err
+					}
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// searchFile fails when the file holds the key, or half of it, raw, in
+// hexadecimal or in base64.
+func searchFile(ctx context.Context, path string, key []byte) error {
+	if len(key) < 32 {
+		return fmt.Errorf("a key of %d bytes would be found anywhere", len(key))
+	}
+	half := key[:len(key)/2]
+	needles := [][]byte{half, key[len(key)/2:], []byte(hex.EncodeToString(half)), []byte(strings.ToUpper(hex.EncodeToString(half))), []byte(base64.StdEncoding.EncodeToString(key)[:40])}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const overlap = 256
+	buf := make([]byte, overlap+4<<20)
+	kept := 0
+	for ctx.Err() == nil {
+		n, err := io.ReadFull(f, buf[kept:])
+		for i, needle := range needles {
+			if bytes.Contains(buf[:kept+n], needle) {
+				return fmt.Errorf("%s holds a LUKS key (form %d)", path, i)
+			}
+		}
+		if err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				return nil
+			}
+			return err
+		}
+		kept = copy(buf, buf[len(buf)-overlap:])
+	}
+	return ctx.Err()
+}

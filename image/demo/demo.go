@@ -1,0 +1,428 @@
+// Package demo shows Farkeep's main job from a site that does not exist yet to
+// an alarm that arrives, on one machine, with real Borg, ssh, sftp, b2sum and
+// e2fsck and an emulated Raspberry Pi. Every step is checked; one that does not
+// hold ends the demonstration with an error.
+package demo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"farkeep/image/emulate"
+	"farkeep/image/mailsink"
+	"farkeep/image/stage"
+	"farkeep/shared/pushwire"
+)
+
+// Options say how to show it.
+type Options struct {
+	Bin   string    // the folder with the programs
+	Dir   string    // where everything lies; "" for a temporary folder that is removed
+	Image string    // a built image; "" builds one
+	Out   io.Writer // the story
+}
+
+// heartbeatAge is short enough for a demonstration and longer than its pushes.
+const heartbeatAge = 45 * time.Second
+
+type show struct {
+	narrator
+	dir   string
+	s     *stage.Stage
+	vault *stage.Appliance // the Raspberry Pi 3B, slow and with no clock
+	barn  *stage.Appliance // the generic machine, for bulk data
+	notes *borg            // small, on both
+	media *borg            // large, on the barn
+}
+
+// Run shows it. The error says which step did not hold.
+func Run(ctx context.Context, o Options) (err error) {
+	dir := o.Dir
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "farkeep-demo-"); err != nil {
+			return err
+		}
+		defer func() {
+			if err == nil {
+				os.RemoveAll(dir)
+			}
+		}()
+	} else if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(filepath.Join(dir, "demo.log"), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	d := &show{narrator: narrator{out: o.Out, log: log, started: time.Now()}, dir: dir}
+	var mu sync.Mutex
+	d.s, err = stage.New(ctx, stage.Options{
+		Dir: dir, Bin: o.Bin, Image: o.Image,
+		Out:          &prefixed{mu: &mu, w: log, prefix: "    "},
+		Console:      &prefixed{mu: &mu, w: log, prefix: "pi| "},
+		Log:          slog.New(slog.NewTextHandler(&prefixed{mu: &mu, w: log, prefix: "stage| "}, nil)),
+		HeartbeatAge: heartbeatAge, UnreachableAfter: 20 * time.Second,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, d.s.Close())
+		if err != nil {
+			fmt.Fprintf(o.Out, "\nIt did not hold. Everything that was printed is in %s\n", log.Name())
+		}
+	}()
+	for _, act := range []func(context.Context) error{d.prepare, d.firstPush, d.secondPush, d.powerCut, d.restore, d.bulk, d.silence, d.revoke, d.search} {
+		if err := act(ctx); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(o.Out, "\nEvery step held: %d steps in %s.\n", d.steps, time.Since(d.started).Round(time.Second))
+	return nil
+}
+
+// within bounds a wait.
+func within(ctx context.Context, d time.Duration, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	return do(ctx)
+}
+
+func (d *show) prepare(ctx context.Context) error {
+	d.chapter("1. A site, an image, two disks")
+	if err := d.step("make two real Borg repositories at home", func() (err error) {
+		if d.notes, err = newBorg(ctx, d.s, d.dir, "notes"); err != nil {
+			return err
+		}
+		if d.media, err = newBorg(ctx, d.s, d.dir, "media"); err != nil {
+			return err
+		}
+		if err := errors.Join(d.notes.write("first", 10, 20_000), d.media.write("first", 24, 4<<20)); err != nil {
+			return err
+		}
+		if err := d.notes.create(ctx, "monday"); err != nil {
+			return err
+		}
+		return d.media.create(ctx, "monday")
+	}); err != nil {
+		return err
+	}
+	if err := d.step("add the small one to the site; every machine has its secrets folder", func() error {
+		_, err := d.s.Run(ctx, "farkeep-image", "site", "add", "repository", "notes", d.notes.path, "--dir", d.s.Site)
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.step("build the image that a user would flash, from Debian's packages", func() error { return d.s.BuildImage(ctx) }); err != nil {
+		return err
+	}
+	if err := d.step("prepare a disk for a Raspberry Pi 3 (adiantum) and personalise its card", func() (err error) {
+		d.vault, err = d.s.Add(ctx, stage.Cast{Name: "vault", Machine: emulate.RaspberryPi3, DiskSize: 256 << 20, Relay: emulate.Relay{Line: 17}, Window: "24h"})
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.step("the same for a generic machine whose relay is active-low", func() (err error) {
+		d.barn, err = d.s.Add(ctx, stage.Cast{Name: "barn", Machine: emulate.Generic, DiskSize: 1 << 30, Relay: emulate.Relay{Line: 3, ActiveLow: true}})
+		return err
+	}); err != nil {
+		return err
+	}
+	return d.step("open home: the key server, and home's end of the VPN", func() error { return d.s.OpenHome(ctx) })
+}
+
+func (d *show) firstPush(ctx context.Context) error {
+	d.chapter("2. A Raspberry Pi 3B boots, fetches its key, opens its disk, takes a push")
+	if err := d.step("switch the Pi on: no clock, no key, relay open, disk dark", func() error { return d.vault.Boot(ctx) }); err != nil {
+		return err
+	}
+	if err := d.step("it sets its clock, joins the VPN, closes the relay, fetches the key, mounts", func() error {
+		return within(ctx, 4*time.Minute, func(ctx context.Context) error {
+			_, err := d.vault.Mounted(ctx)
+			return err
+		})
+	}); err != nil {
+		return err
+	}
+	if err := d.step("its first mail: I am up, from here, and this is what I see", func() error {
+		m, err := d.mail(ctx, 2*time.Minute, time.Time{}, func(m mailsink.Message) bool { return strings.Contains(m.Subject(), "up") })
+		if err == nil {
+			d.say("Subject: %s", m.Subject())
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.push(ctx, "push: offer, upload, commit, heartbeat", "vault"); err != nil {
+		return err
+	}
+	return d.step("ask for the status, with a stock ssh", func() error {
+		text, err := d.vault.SSH(ctx, "home/pusher/ssh_key", "status")
+		d.say("%s", text)
+		return err
+	})
+}
+
+func (d *show) secondPush(ctx context.Context) error {
+	d.chapter("3. Life goes on: create, prune, compact, and a second generation")
+	if err := d.step("an unchanged repository costs one exchange and makes no generation", func() error {
+		before, err := d.generations(ctx, d.vault)
+		if err != nil {
+			return err
+		}
+		if _, err := d.s.Push(ctx, "--target", "vault"); err != nil {
+			return err
+		}
+		after, err := d.generations(ctx, d.vault)
+		if err == nil && len(after) != len(before) {
+			err = fmt.Errorf("%d generations became %d", len(before), len(after))
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.step("borg create, prune and compact", func() error {
+		if err := d.notes.write("second", 8, 20_000); err != nil {
+			return err
+		}
+		if err := d.notes.create(ctx, "tuesday"); err != nil {
+			return err
+		}
+		if err := d.notes.run(ctx, "prune", "--keep-last=1", d.notes.path); err != nil {
+			return err
+		}
+		return d.notes.run(ctx, "compact", d.notes.path)
+	}); err != nil {
+		return err
+	}
+	return d.step("push, and run borg create while the push goes on", func() error {
+		pushed := make(chan error, 1)
+		go func() {
+			_, err := d.s.Push(ctx, "--target", "vault")
+			pushed <- err
+		}()
+		if err := d.uploading(ctx, d.vault, 20_000); err != nil {
+			return errors.Join(err, <-pushed)
+		}
+		began := time.Now()
+		if err := d.notes.create(ctx, "while-pushing"); err != nil {
+			return errors.Join(err, <-pushed)
+		}
+		took := time.Since(began)
+		select {
+		case err := <-pushed:
+			return errors.Join(errors.New("the push ended before borg create did: nothing was shown"), err)
+		default:
+		}
+		d.say("borg create took %.1f s while the push went on", took.Seconds())
+		return <-pushed
+	})
+}
+
+func (d *show) powerCut(ctx context.Context) error {
+	d.chapter("4. The power goes in the middle of a push")
+	var before []pushwire.Generation
+	if err := d.step("change more data, begin a push, cut the Pi's power", func() (err error) {
+		if before, err = d.generations(ctx, d.vault); err != nil {
+			return err
+		}
+		if err := d.notes.write("third", 16, 40_000); err != nil {
+			return err
+		}
+		if err := d.notes.create(ctx, "wednesday"); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		pushed := make(chan error, 1)
+		go func() {
+			_, err := d.s.Push(ctx, "--target", "vault")
+			pushed <- err
+		}()
+		if err := d.uploading(ctx, d.vault, 200_000); err != nil {
+			return errors.Join(err, <-pushed)
+		}
+		if err := d.vault.CutPower(); err != nil {
+			return err
+		}
+		cancel() // the pusher would go on trying for a while
+		if err := <-pushed; err == nil {
+			return errors.New("the push had ended before the power was cut: nothing was shown")
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	if err := d.step("the power comes back: it boots and opens its disk by itself", func() error {
+		if err := d.vault.Boot(ctx); err != nil {
+			return err
+		}
+		return within(ctx, 4*time.Minute, func(ctx context.Context) error {
+			_, err := d.vault.Mounted(ctx)
+			return err
+		})
+	}); err != nil {
+		return err
+	}
+	if err := d.step("every generation from before is still there", func() error {
+		after, err := d.generations(ctx, d.vault)
+		if err != nil {
+			return err
+		}
+		return sameGenerations(before, after)
+	}); err != nil {
+		return err
+	}
+	return d.push(ctx, "push again: it goes on where it was cut", "vault")
+}
+
+func (d *show) restore(ctx context.Context) error {
+	d.chapter("5. Reading back")
+	var newest pushwire.Generation
+	if err := d.step("list the generations", func() error {
+		all, err := d.generations(ctx, d.vault)
+		for _, g := range all {
+			d.say("%s  %s  %d entries, %d bytes", g.Repository, g.Name, g.Entries, g.Bytes)
+			newest = g
+		}
+		if err == nil && len(all) < 3 {
+			err = fmt.Errorf("%d generations, expected at least 3", len(all))
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	copied := filepath.Join(d.dir, "restored", "notes")
+	if err := d.step("fetch the newest with a stock sftp and the operator's restore key", func() error {
+		if err := os.MkdirAll(filepath.Dir(copied), 0o700); err != nil {
+			return err
+		}
+		batch := filepath.Join(d.dir, "sftp.batch")
+		commands := fmt.Sprintf("get -R /%s/%s/files %s\n", newest.Repository, newest.Name, copied)
+		if err := os.WriteFile(batch, []byte(commands), 0o600); err != nil {
+			return err
+		}
+		_, err := d.vault.SFTP(ctx, batch)
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.step("a push key reads nothing, and nobody can write", func() error {
+		return d.refused(ctx)
+	}); err != nil {
+		return err
+	}
+	return d.checkBorg(ctx, "borg check --verify-data it, extract it, compare it with the source", d.notes, copied)
+}
+
+func (d *show) bulk(ctx context.Context) error {
+	d.chapter("6. A larger repository, on the generic machine")
+	if err := d.step("switch the Pi off and the generic machine on", func() error {
+		// Two emulated machines at once would starve each other on a small host.
+		if err := d.vault.CutPower(); err != nil {
+			return err
+		}
+		if _, err := d.s.Run(ctx, "farkeep-image", "site", "add", "repository", "media", d.media.path, "--dir", d.s.Site); err != nil {
+			return err
+		}
+		return d.barn.Boot(ctx)
+	}); err != nil {
+		return err
+	}
+	if err := d.step("its disk is dark until somebody wakes it", func() error {
+		s, err := d.barn.Await(ctx, "up", func(pushwire.Status) bool { return true })
+		if err == nil && (s.Disk.Power || d.barn.Pi.DiskAttached()) {
+			err = fmt.Errorf("the disk has power: %+v", s.Disk)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.push(ctx, "push both repositories: the push wakes the disk", "barn"); err != nil {
+		return err
+	}
+	if err := d.step("sleep: unmount, lock, cut the disk's power", func() error {
+		if _, err := d.barn.SSH(ctx, "home/pusher/ssh_key", "sleep"); err != nil {
+			return err
+		}
+		return within(ctx, time.Minute, func(ctx context.Context) error { return d.barn.Pi.WaitDisk(ctx, false) })
+	}); err != nil {
+		return err
+	}
+	if err := d.step("switch it off; open its disk without it, with the recovery key", func() error {
+		if err := d.barn.CutPower(); err != nil {
+			return err
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	return d.outside(ctx)
+}
+
+func (d *show) silence(ctx context.Context) error {
+	d.chapter("7. Home falls silent")
+	if err := d.step("switch the Pi on again; nobody pushes any more", func() error { return d.vault.Boot(ctx) }); err != nil {
+		return err
+	}
+	return d.step("it raises the alarm by its own path", func() error {
+		m, err := d.mail(ctx, 5*time.Minute, time.Now(), func(m mailsink.Message) bool {
+			return strings.HasPrefix(m.Subject(), "[WATCHDOG]") && strings.Contains(m.Subject(), "heartbeat STALE")
+		})
+		if err == nil {
+			d.say("%s", m.Data)
+		}
+		return err
+	})
+}
+
+func (d *show) revoke(ctx context.Context) error {
+	d.chapter("8. The Pi is stolen")
+	if err := d.step("revoke it at the key server", func() error {
+		args := append([]string{"revoke", "vault", "--reason", "stolen"}, d.s.KeyServerFlags()...)
+		_, err := d.s.Run(ctx, "farkeep-keyserver", args...)
+		return err
+	}); err != nil {
+		return err
+	}
+	rebooted := time.Now()
+	if err := d.step("reboot it", func() error {
+		if err := d.vault.CutPower(); err != nil {
+			return err
+		}
+		return d.vault.Boot(ctx)
+	}); err != nil {
+		return err
+	}
+	if err := d.step("it gets no key, and says so by mail", func() error {
+		m, err := d.mail(ctx, 5*time.Minute, rebooted, func(m mailsink.Message) bool {
+			return strings.Contains(strings.ToLower(m.Subject()), "refus")
+		})
+		if err == nil {
+			d.say("Subject: %s", m.Subject())
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	return d.step("its disk stays locked, and goes dark", func() error {
+		s, err := d.vault.Await(ctx, "up", func(s pushwire.Status) bool { return s.Disk.Error != "" })
+		if err != nil {
+			return err
+		}
+		if s.Disk.Unlocked || s.Disk.Mounted {
+			return fmt.Errorf("the disk is open: %+v", s.Disk)
+		}
+		d.say("%s: %s", s.Disk.State, s.Disk.Error)
+		return within(ctx, 3*time.Minute, func(ctx context.Context) error { return d.vault.Pi.WaitDisk(ctx, false) })
+	})
+}
