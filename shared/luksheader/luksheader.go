@@ -275,8 +275,8 @@ func (h *Header) Fingerprint() string {
 }
 
 // Canonical returns the header area, both copies and the key slots, with both
-// copies good. The caller must not change it. It holds no secret but what any
-// LUKS header holds.
+// copies good: as it lies on the disk if Damage is "". The caller must not
+// change it. It holds no secret but what any LUKS header holds.
 func (h *Header) Canonical() []byte { return h.canonical }
 
 // canonicalArea puts the good copy into both places of area's duplicate.

@@ -143,7 +143,10 @@ func parse(r io.ReaderAt, size int64, good []byte, damage string) (*Header, erro
 	if err := readFull(r, h.area, 0); err != nil {
 		return nil, err
 	}
-	h.canonical = canonicalArea(h.area, good)
+	h.canonical = h.area
+	if damage != "" {
+		h.canonical = canonicalArea(h.area, good)
+	}
 	return h, nil
 }
 
