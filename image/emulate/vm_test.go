@@ -17,9 +17,8 @@ import (
 	"testing"
 	"time"
 
-	"farkeep/image/build"
-	"farkeep/image/debian"
 	"farkeep/image/emulate"
+	"farkeep/image/emulate/emulatetest"
 )
 
 // mark is how the test's USB disk begins.
@@ -243,7 +242,11 @@ func contains(t *testing.T, file, text string) bool {
 // image builds, once, an image as it would be flashed, with the guest program in the appliance's place.
 func image(t *testing.T) string {
 	t.Helper()
-	built.Do(func() { built.path, built.err = buildImage(t.Context()) })
+	built.Do(func() {
+		if built.dir, built.err = os.MkdirTemp("", "farkeep-emulate-test-"); built.err == nil {
+			built.path, built.err = emulatetest.BuildImage(t.Context(), built.dir)
+		}
+	})
 	if built.err != nil {
 		t.Fatal(built.err)
 	}
@@ -260,36 +263,4 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	os.RemoveAll(built.dir)
 	os.Exit(code)
-}
-
-func buildImage(ctx context.Context) (string, error) {
-	dir, err := os.MkdirTemp("", "farkeep-emulate-test-")
-	if err != nil {
-		return "", err
-	}
-	built.dir = dir
-	guest := filepath.Join(dir, "guest")
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", guest, "farkeep/image/emulate/internal/guest")
-	cmd.Env = append(os.Environ(), "GOOS=linux", "GOARCH=arm64", "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%v: %w\n%s", cmd, err, out)
-	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", err
-	}
-	o := build.Options{
-		Appliance: guest,
-		Out:       filepath.Join(dir, "sd.img"),
-		Cache:     filepath.Join(cache, "farkeep"),
-		Mirror:    debian.Mirror{Archive: os.Getenv("FARKEEP_APT_MIRROR")},
-		Log:       slog.New(slog.DiscardHandler),
-	}
-	if o.Mirror.Archive == "" {
-		if o.Mirror, err = debian.FindMirror(os.DirFS("/etc/apt")); err != nil {
-			return "", err
-		}
-	}
-	_, err = build.Build(ctx, o)
-	return o.Out, err
 }

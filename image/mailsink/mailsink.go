@@ -266,5 +266,7 @@ func (c *session) Logout() error { return nil }
 // errorLog is go-smtp's view of our log.
 type errorLog struct{ log *slog.Logger }
 
-func (l errorLog) Printf(format string, args ...any) { l.log.Debug("smtp: " + fmt.Sprintf(format, args...)) }
-func (l errorLog) Println(args ...any)               { l.log.Debug("smtp: " + fmt.Sprintln(args...)) }
+func (l errorLog) Printf(format string, args ...any) {
+	l.log.Debug("smtp: " + fmt.Sprintf(format, args...))
+}
+func (l errorLog) Println(args ...any) { l.log.Debug("smtp: " + fmt.Sprintln(args...)) }
