@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -43,6 +44,8 @@ func TestFirewall(t *testing.T) {
 	} {
 		w.listen(at.host, at.address)
 	}
+	var g sync.WaitGroup
+	defer g.Wait()
 	for _, tt := range []struct {
 		from, to string
 		open     bool
@@ -60,13 +63,15 @@ func TestFirewall(t *testing.T) {
 		{"lan", "10.77.0.2:22", false}, // nobody else at home does
 		{"lan", "10.77.0.1:22", true},  // what is no appliance is none of these rules' business
 	} {
-		err := w.dial(tt.from, tt.to)
-		if tt.open && err != nil {
-			t.Errorf("%s cannot reach %s: %v", tt.from, tt.to, err)
-		}
-		if !tt.open && err == nil {
-			t.Errorf("%s reaches %s", tt.from, tt.to)
-		}
+		g.Go(func() {
+			err := w.dial(tt.from, tt.to)
+			if tt.open && err != nil {
+				t.Errorf("%s cannot reach %s: %v", tt.from, tt.to, err)
+			}
+			if !tt.open && err == nil {
+				t.Errorf("%s reaches %s", tt.from, tt.to)
+			}
+		})
 	}
 }
 
@@ -148,15 +153,18 @@ func onThread(f func()) {
 
 func (w *world) in(name string, f func() error) {
 	w.t.Helper()
-	var err error
+	if err := w.try(name, f); err != nil {
+		w.t.Fatalf("in %s: %v", name, err)
+	}
+}
+
+func (w *world) try(name string, f func() error) (err error) {
 	onThread(func() {
 		if err = netns.Set(w.ns[name]); err == nil {
 			err = f()
 		}
 	})
-	if err != nil {
-		w.t.Fatalf("in %s: %v", name, err)
-	}
+	return err
 }
 
 func address(link, cidr string) error {
@@ -209,15 +217,13 @@ func (w *world) listen(name, at string) {
 	})
 }
 
-func (w *world) dial(name, to string) (err error) {
-	w.t.Helper()
-	w.in(name, func() error {
-		var c net.Conn
+func (w *world) dial(name, to string) error {
+	return w.try(name, func() error {
 		// What is dropped is not answered: a second is for ever on a veth.
-		if c, err = net.DialTimeout("tcp4", to, time.Second); err == nil {
+		c, err := net.DialTimeout("tcp4", to, time.Second)
+		if err == nil {
 			c.Close()
 		}
-		return nil
+		return err
 	})
-	return err
 }

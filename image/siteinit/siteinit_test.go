@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -38,19 +39,54 @@ func options() siteinit.Options {
 	}
 }
 
-// complete makes a site with two appliances, of which attic's disk is known.
+// model is a site with two appliances, of which attic's disk is known: its
+// files, made once because the admin key's sealing is slow on purpose.
+var model = sync.OnceValues(func() (map[string]string, error) {
+	dir, err := os.MkdirTemp("", "siteinit")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	d, _, err := siteinit.Init(filepath.Join(dir, "site"), options())
+	if err != nil {
+		return nil, err
+	}
+	_, one := d.AddAppliance(siteinit.NewAppliance{Name: "attic", Board: "pi4", Relay: settings.Relay{Driver: "gpio", Line: 17, Active: "low"}, Window: settings.Window{Length: settings.Duration(4 * time.Hour)}})
+	_, two := d.AddAppliance(siteinit.NewAppliance{Name: "shed", Board: "pi3"})
+	_, three := d.AddRepository(site.Repository{Name: "photos", Path: "/srv/photos"})
+	if err := errors.Join(one, two, three, d.SetLUKS("attic", disk)); err != nil {
+		return nil, err
+	}
+	return snapshot(d.Path())
+})
+
+// complete is a copy of model.
 func complete(t *testing.T) *siteinit.Dir {
 	t.Helper()
-	d, _, err := siteinit.Init(filepath.Join(t.TempDir(), "site"), options())
+	files, err := model()
 	check(t, err)
-	_, err = d.AddAppliance(siteinit.NewAppliance{Name: "attic", Board: "pi4", Relay: settings.Relay{Driver: "gpio", Line: 17, Active: "low"}, Window: settings.Window{Length: settings.Duration(4 * time.Hour)}})
+	dir := filepath.Join(t.TempDir(), "site")
+	lay(t, dir, files)
+	d, err := siteinit.Open(dir)
 	check(t, err)
-	_, err = d.AddAppliance(siteinit.NewAppliance{Name: "shed", Board: "pi3"})
-	check(t, err)
-	_, err = d.AddRepository(site.Repository{Name: "photos", Path: "/srv/photos"})
-	check(t, err)
-	check(t, d.SetLUKS("attic", disk))
 	return d
+}
+
+// lay writes files into a folder, as an operator's copy of it would be.
+func lay(t *testing.T, dir string, files map[string]string) {
+	t.Helper()
+	check(t, os.MkdirAll(dir, 0o700))
+	for name, text := range files {
+		check(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o700))
+		mode := fs.FileMode(0o600)
+		if base := filepath.Base(name); base == "site.toml" || base == "README.txt" {
+			mode = 0o644
+		}
+		check(t, os.WriteFile(filepath.Join(dir, name), []byte(text), mode))
+	}
+	for _, k := range []string{"keyserver-borg"} {
+		check(t, os.MkdirAll(filepath.Join(dir, k, "keys"), 0o700))
+	}
 }
 
 func check(t *testing.T, err error) {
@@ -61,10 +97,9 @@ func check(t *testing.T, err error) {
 }
 
 // snapshot reads a whole folder, name to content.
-func snapshot(t *testing.T, dir string) map[string]string {
-	t.Helper()
+func snapshot(dir string) (map[string]string, error) {
 	files := map[string]string{}
-	check(t, filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() {
 			return err
 		}
@@ -75,7 +110,14 @@ func snapshot(t *testing.T, dir string) map[string]string {
 		text, err := os.ReadFile(path)
 		files[name] = string(text)
 		return err
-	}))
+	})
+	return files, err
+}
+
+func look(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	files, err := snapshot(dir)
+	check(t, err)
 	return files
 }
 
@@ -96,7 +138,7 @@ func changed(a, b map[string]string) (names []string) {
 
 func TestASecondRunChangesNothing(t *testing.T) {
 	d := complete(t)
-	before := snapshot(t, d.Path())
+	before := look(t, d.Path())
 	o := options()
 	o.AdminPassphrase = nil // nobody is asked again
 	_, r, err := siteinit.Init(d.Path(), o)
@@ -115,7 +157,7 @@ func TestASecondRunChangesNothing(t *testing.T) {
 		t.Error(err)
 	}
 	check(t, d.SetLUKS("attic", disk))
-	if names := changed(before, snapshot(t, d.Path())); len(names) > 0 {
+	if names := changed(before, look(t, d.Path())); len(names) > 0 {
 		t.Errorf("changed: %v", names)
 	}
 }
@@ -123,7 +165,11 @@ func TestASecondRunChangesNothing(t *testing.T) {
 func TestModes(t *testing.T) {
 	old := unix.Umask(0)
 	defer unix.Umask(old)
-	d := complete(t)
+	d, _, err := siteinit.Init(filepath.Join(t.TempDir(), "site"), options())
+	check(t, err)
+	_, err = d.AddAppliance(siteinit.NewAppliance{Name: "attic", Board: "pi4"})
+	check(t, err)
+	check(t, d.SetLUKS("attic", disk))
 	if _, err := d.StoreKey(disk, secret.New([]byte("key"))); err != nil {
 		t.Fatal(err)
 	}
@@ -154,7 +200,7 @@ func TestWhoHasWhat(t *testing.T) {
 	if _, err := d.StoreKey(disk, secret.New([]byte("THE-KEY-OF-ATTIC"))); err != nil {
 		t.Fatal(err)
 	}
-	files := snapshot(t, d.Path())
+	files := look(t, d.Path())
 	private := func(name string) string {
 		t.Helper()
 		text, ok := files[name]
@@ -280,24 +326,24 @@ func TestHandEditsOfSettingsSurvive(t *testing.T) {
 // A run may be cut short after any file: the next completes the site, and what
 // was there keeps its identity.
 func TestInterruptedRuns(t *testing.T) {
-	model := filepath.Join(t.TempDir(), "site")
-	_, r, err := siteinit.Init(model, options())
+	first := filepath.Join(t.TempDir(), "site")
+	_, r, err := siteinit.Init(first, options())
 	check(t, err)
-	whole := snapshot(t, model)
+	whole := look(t, first)
 	for n := range r.Made {
 		dir := filepath.Join(t.TempDir(), "site")
-		check(t, os.Mkdir(dir, 0o700))
+		there := map[string]string{}
 		for _, name := range r.Made[:n] {
-			check(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o700))
-			check(t, os.WriteFile(filepath.Join(dir, name), []byte(whole[name]), 0o600))
+			there[name] = whole[name]
 		}
+		lay(t, dir, there)
 		d, _, err := siteinit.Init(dir, options())
 		if err != nil {
 			t.Fatalf("cut after %d files: %v", n, err)
 		}
-		after := snapshot(t, dir)
+		after := look(t, dir)
 		for _, name := range r.Made[:n] {
-			if after[name] != whole[name] && name != "site.toml" {
+			if after[name] != whole[name] {
 				t.Errorf("cut after %d files: %s is another", n, name)
 			}
 		}
@@ -314,12 +360,12 @@ func TestInterruptedAddition(t *testing.T) {
 	check(t, err)
 	_, err = d.AddAppliance(n)
 	check(t, err)
-	made := snapshot(t, filepath.Join(d.Path(), "appliances", "cellar", "identity"))
+	made := look(t, filepath.Join(d.Path(), "appliances", "cellar", "identity"))
 	// As if the power had gone before site.toml was replaced.
 	check(t, os.WriteFile(d.SitePath(), before, 0o644))
 	_, err = d.AddAppliance(n)
 	check(t, err)
-	if names := changed(made, snapshot(t, filepath.Join(d.Path(), "appliances", "cellar", "identity"))); len(names) > 0 {
+	if names := changed(made, look(t, filepath.Join(d.Path(), "appliances", "cellar", "identity"))); len(names) > 0 {
 		t.Errorf("a new identity for an old name: %v", names)
 	}
 }
@@ -380,7 +426,7 @@ func TestInitRefuses(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), tt.want) || hint.Code(err) != hint.ExitUsage {
 				t.Errorf("got %v (exit %d); want %q", err, hint.Code(err), tt.want)
 			}
-			if files := snapshot(t, dir); len(files) > 0 {
+			if files := look(t, dir); len(files) > 0 {
 				t.Errorf("a refused site left %d files behind", len(files))
 			}
 		})
@@ -402,7 +448,7 @@ func TestInitRefuses(t *testing.T) {
 
 func TestContradictionsChangeNothing(t *testing.T) {
 	d := complete(t)
-	before := snapshot(t, d.Path())
+	before := look(t, d.Path())
 	for name, change := range map[string]func(*siteinit.Options){
 		"--name":        func(o *siteinit.Options) { o.Name = "other" },
 		"--home-name":   func(o *siteinit.Options) { o.HomeName = "other" },
@@ -434,7 +480,7 @@ func TestContradictionsChangeNothing(t *testing.T) {
 	if _, err := d.AddKeyServer("borg", netip.MustParseAddrPort("10.77.0.1:5")); err == nil {
 		t.Error("borg has two addresses")
 	}
-	if names := changed(before, snapshot(t, d.Path())); len(names) > 0 {
+	if names := changed(before, look(t, d.Path())); len(names) > 0 {
 		t.Errorf("changed: %v", names)
 	}
 }
