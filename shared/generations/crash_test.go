@@ -294,7 +294,7 @@ func TestPowerCutAtAnyInstant(t *testing.T) {
 	var last int64
 	kept := 0
 	for range cuts {
-		time.Sleep(time.Duration(r.Int64N(int64(300 * time.Millisecond)))) // the instant is what is random here
+		time.Sleep(100*time.Millisecond + time.Duration(r.Int64N(int64(300*time.Millisecond)))) // the instant is what is random here
 		if err := c.cmd.Process.Signal(unix.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}

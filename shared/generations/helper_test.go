@@ -189,16 +189,17 @@ func compare(tb testing.TB, dir, repository, name string, want tree) {
 	for path := range got {
 		tb.Errorf("%s/%s: %q was never pushed", repository, name, path)
 	}
-	b2sum(tb, base)
-}
-
-func b2sum(tb testing.TB, base string) {
-	tb.Helper()
-	info, err := os.Stat(filepath.Join(base, generations.SumsFile))
-	if err != nil {
-		tb.Fatal(err)
+	files := 0
+	for _, f := range want {
+		if !f.folder {
+			files++
+		}
 	}
-	if info.Size() == 0 {
+	sums, err := os.ReadFile(filepath.Join(base, generations.SumsFile))
+	if err != nil || bytes.Count(sums, []byte("\n")) != files {
+		tb.Errorf("%s/%s: %s has %d lines, %v; want one for each of %d files", repository, name, generations.SumsFile, bytes.Count(sums, []byte("\n")), err, files)
+	}
+	if files == 0 {
 		return // b2sum calls an empty list an error
 	}
 	cmd := exec.Command("b2sum", "-l", "256", "--strict", "--quiet", "-c", generations.SumsFile)
