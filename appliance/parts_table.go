@@ -1,12 +1,15 @@
 package main
 
 import (
+	"net"
 	"path/filepath"
+	"strconv"
 
 	"farkeep/appliance/confine"
 	"farkeep/appliance/deadman"
 	"farkeep/appliance/disk"
 	"farkeep/appliance/keeper"
+	"farkeep/appliance/mail"
 	"farkeep/appliance/network"
 	"farkeep/appliance/part"
 	"farkeep/appliance/receiver"
@@ -50,6 +53,9 @@ func parts() []partEntry {
 				return deadman.Brief{DeadMan: s.DeadMan, From: s.Mail.From, To: s.Mail.To}
 			},
 		},
+		{
+			name: part.Mail, required: true, run: mail.Run, profile: mailProfile, brief: mailBrief, ports: mailPorts,
+		},
 	}, testParts()...)
 }
 
@@ -59,12 +65,12 @@ func networkProfile(h part.Header) confine.Profile {
 	p := confine.Profile{
 		UID:     part.NetworkUID,
 		Network: confine.WholeNetwork,
+		Clock:   true, // also to ask whether the system keeps it
 		Read:    []string{h.Paths.Run, "/etc", "/proc", "/sys"},
 		Write:   []string{h.Paths.RunDir(part.Network), h.Paths.StateDir(part.Network)},
 	}
 	if h.Firmware {
 		p.Caps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_TIME}
-		p.Clock = true
 	}
 	return p
 }
@@ -101,6 +107,42 @@ func deadmanProfile(h part.Header) confine.Profile {
 		Read:  []string{h.Paths.Run, "/proc/sys/kernel/random"},
 		Write: []string{h.Paths.RunDir(part.Deadman), h.Paths.StateDir(part.Deadman)},
 	}
+}
+
+// mailProfile: it may connect to the mail server's port and to name servers. It
+// cannot alter the mails that it sends.
+func mailProfile(h part.Header) confine.Profile {
+	return confine.Profile{
+		UID:     part.MailUID,
+		Network: confine.TCPPorts,
+		Connect: h.Ports,
+		Read:    []string{h.Paths.Run, "/etc", h.Paths.Outbox()},
+		Write:   []string{h.Paths.RunDir(part.Mail), h.Paths.StateDir(part.Mail)},
+	}
+}
+
+func mailBrief(s *settings.Appliance) any {
+	b := mail.Brief{Mail: s.Mail}
+	if s.VPN.Address.IsValid() {
+		b.VPN = append(b.VPN, s.VPN.Address.Masked())
+	}
+	for _, peer := range s.VPN.Peers {
+		b.VPN = append(b.VPN, peer.AllowedIPs...)
+	}
+	return b
+}
+
+func mailPorts(s *settings.Appliance) []uint16 {
+	ports := []uint16{53} // answers of name servers that are too long for UDP
+	_, text, err := net.SplitHostPort(s.Mail.Server)
+	if err != nil {
+		return ports
+	}
+	// The settings were validated: this is host:port.
+	if port, err := strconv.ParseUint(text, 10, 16); err == nil {
+		ports = append(ports, uint16(port))
+	}
+	return ports
 }
 
 // unlockProfile: a child of disk, with less than disk has. It reads the disk,

@@ -98,45 +98,72 @@ func wait(t *testing.T, pi *emulate.Pi, pattern string) string {
 func TestFirmware(t *testing.T) {
 	image := buildImage(t)
 	good := testSettings(t)
+	t.Run("Raspberry Pi 3B", func(t *testing.T) {
+		pi := start(t, emulate.Config{Machine: emulate.RaspberryPi3, Image: personalise(t, image, good)})
+		allUp(t, pi, "Software Watchdog")
+		survivesPanic(t, pi)
+		findsHang(t, pi)
+		onlyTestPartsEnded(t, pi)
+	})
+	t.Run("generic machine", func(t *testing.T) {
+		pi := start(t, emulate.Config{Machine: emulate.Generic, Image: personalise(t, image, good)})
+		allUp(t, pi, "i6300ESB timer")
+		survivesPanic(t, pi)
+		onlyTestPartsEnded(t, pi)
+	})
+	t.Run("bad settings", func(t *testing.T) { badSettings(t, image, good) })
+}
 
-	for _, machine := range []emulate.Machine{emulate.RaspberryPi3, emulate.Generic} {
-		t.Run("boots on "+string(machine), func(t *testing.T) {
-			pi := start(t, emulate.Config{Machine: machine, Image: personalise(t, image, good)})
-			line := wait(t, pi, `booted.* problems=\d`)
-			if !strings.Contains(line, "problems=0") {
-				t.Error(line)
-			}
-			wait(t, pi, `all parts are up`)
-			// Every part is confined, and every probe held.
-			wait(t, pi, `receiver: confined`)
-			for _, l := range pi.LastLines(500) {
-				if strings.Contains(l, ":OPEN") || strings.Contains(l, "lacks-it") {
-					t.Error(l)
-				}
-			}
-			// A part that panics takes nobody with it, and its stack is in the log.
-			wait(t, pi, `panics: .*(nil pointer|SIGSEGV)`)
-			wait(t, pi, `panics: goroutine \d+`)
-			wait(t, pi, `part ended; it will be started again child=panics`)
-			wait(t, pi, `panics: confined`)
-			// A part that hangs is found out.
-			wait(t, pi, `part is silent; its stacks follow child=hangs`)
-			wait(t, pi, `hangs: SIGQUIT`)
-			wait(t, pi, `part ended; it will be started again child=hangs`)
-			for _, l := range pi.LastLines(500) {
-				if strings.Contains(l, "part ended") && strings.Contains(l, "child=receiver") {
-					t.Error(l)
-				}
-			}
-		})
+// allUp waits until every part runs and is confined, and every probe held.
+func allUp(t *testing.T, pi *emulate.Pi, watchdog string) {
+	t.Helper()
+	wait(t, pi, `watchdog armed identity="`+watchdog)
+	if line := wait(t, pi, `booted.* problems=\d`); !strings.Contains(line, "problems=0") {
+		t.Error(line)
+	}
+	wait(t, pi, `all parts are up`)
+	for _, p := range parts() {
+		if !p.child {
+			wait(t, pi, p.name+`: confined uid=\d`)
+		}
+	}
+	for _, l := range pi.LastLines(500) {
+		if strings.Contains(l, ":OPEN") || strings.Contains(l, "lacks-it") {
+			t.Error(l)
+		}
+	}
+}
+
+// survivesPanic: a part that panics takes nobody with it, and its stack is in
+// the log.
+func survivesPanic(t *testing.T, pi *emulate.Pi) {
+	t.Helper()
+	wait(t, pi, `panics: .*(nil pointer|SIGSEGV)`)
+	wait(t, pi, `panics: goroutine \d+`)
+	wait(t, pi, `part ended; it will be started again child=panics`)
+	pi.Mark()
+	wait(t, pi, `panics: confined`)
+}
+
+func findsHang(t *testing.T, pi *emulate.Pi) {
+	t.Helper()
+	wait(t, pi, `part is silent; its stacks follow child=hangs`)
+	wait(t, pi, `hangs: SIGQUIT`)
+	wait(t, pi, `part ended; it will be started again child=hangs`)
+}
+
+func onlyTestPartsEnded(t *testing.T, pi *emulate.Pi) {
+	t.Helper()
+	for _, l := range pi.LastLines(2000) {
+		if strings.Contains(l, "part ended") && !strings.Contains(l, "child=panics") && !strings.Contains(l, "child=hangs") {
+			t.Error(l)
+		}
 	}
 }
 
 // Whoever pulls the card out finds what is wrong on it, and after the
 // correction it is gone.
-func TestBadSettings(t *testing.T) {
-	image := buildImage(t)
-	good := testSettings(t)
+func badSettings(t *testing.T, image string, good []byte) {
 	bad := bytes.Replace(good, []byte("[mail]"), []byte("[mail]\nsevrer = 1"), 1)
 	if bytes.Equal(bad, good) {
 		t.Fatal("the settings have no [mail]")
@@ -153,15 +180,7 @@ func TestBadSettings(t *testing.T) {
 		t.Errorf("error file: %q", text)
 	}
 
-	f, err := os.OpenFile(img, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.Close()
-	fixed := filepath.Join(t.TempDir(), "fixed.img")
-	if err := sdcard.Personalise(t.Context(), img, fixed, sdcard.Personal{Settings: good, RelayLine: -1}); err != nil {
-		t.Fatal(err)
-	}
+	fixed := personalise(t, img, good)
 	pi = start(t, emulate.Config{Machine: emulate.Generic, Image: fixed})
 	wait(t, pi, `all parts are up`)
 	if err := pi.CutPower(); err != nil {
