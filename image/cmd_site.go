@@ -128,7 +128,7 @@ it, and all files are brought in line with site.toml.`,
 // askSite asks for what a new site needs and the flags did not say.
 func askSite(ask *prompt, o *siteinit.Options, network, mailTo *string, havePassword bool) error {
 	endpoints := strings.Join(o.Endpoints, ",")
-	withoutUser := o.MailServer != "" && o.MailUser == "" && !havePassword
+	const none = "none" // a mail server in one's own network may need no user
 	for _, q := range []struct {
 		flag, question, fallback string
 		value                    *string
@@ -138,18 +138,24 @@ func askSite(ask *prompt, o *siteinit.Options, network, mailTo *string, havePass
 		{"--endpoint", "Where do appliances find home from outside (host:port, several with commas)", "", &endpoints},
 		{"--vpn-network", "Network of the VPN", "10.77.0.0/24", network},
 		{"--mail-server", "Mail provider's server for sending (host:port)", "", &o.MailServer},
-		{"--mail-user", "User name there", "", &o.MailUser},
+		{"--mail-user", "User name there", none, &o.MailUser},
 		{"--mail-from", "Sender of the appliances' mails", "", &o.MailFrom},
 		{"--mail-to", "Recipients of alarms (several with commas)", "", mailTo},
 	} {
-		if *q.value != "" || q.value == &o.MailUser && withoutUser && !ask.interactive() {
-			continue // a mail server in one's own network may need no user
+		if *q.value != "" {
+			continue
 		}
 		answer, err := ask.line(q.flag, q.question, q.fallback)
 		if err != nil {
 			return err
 		}
 		*q.value = answer
+	}
+	if o.MailUser == none {
+		if havePassword {
+			return usageErrorf("--mail-password-file is for a user: name it with --mail-user")
+		}
+		o.MailUser = ""
 	}
 	o.Endpoints = strings.FieldsFunc(endpoints, func(r rune) bool { return r == ',' || r == ' ' })
 	return nil
