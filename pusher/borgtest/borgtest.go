@@ -92,10 +92,25 @@ func (r *Repository) Create(t testing.TB, archive string) {
 	r.Run(t, "create", r.Path+"::"+archive, r.Source)
 }
 
-// Set changes a setting of the repository, as "borg config" does.
+// Set changes a setting in the repository's config, as "borg config" does, but at once.
 func (r *Repository) Set(t testing.TB, key, value string) {
 	t.Helper()
-	r.Run(t, "config", r.Path, key, value)
+	path := filepath.Join(r.Path, "config")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(b), "\n")
+	for i, line := range lines {
+		if strings.HasPrefix(line, key+" = ") {
+			lines[i] = key + " = " + value
+			if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatalf("%s has no setting %s", path, key)
 }
 
 // Verify checks the repository at path, a copy of r, with a borg that has never

@@ -168,8 +168,10 @@ func TestBorgToDirectory(t *testing.T) {
 			if o := second.Outcomes[0]; !o.New || o.Generation == first.Outcomes[0].Generation {
 				t.Fatalf("%+v", o)
 			}
-			for i, root := range []string{disk, nas} {
-				verify(t, r, files(root, "photos", second.Outcomes[i].Generation), map[string]string{"two": r.Source})
+			two := files(disk, "photos", second.Outcomes[0].Generation)
+			verify(t, r, two, map[string]string{"two": r.Source})
+			if out, err := exec.Command("diff", "-r", two, files(nas, "photos", second.Outcomes[1].Generation)).CombinedOutput(); err != nil {
+				t.Errorf("the targets differ:\n%s", out)
 			}
 			verify(t, r, one, map[string]string{"one": sourceOne}) // history is as it was
 			r.Run(t, "check", r.Path)

@@ -1,0 +1,292 @@
+// Package targettest is the test that every target of package target passes.
+package targettest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+	"time"
+
+	"farkeep/pusher/target"
+	"farkeep/shared/manifest"
+	"farkeep/shared/pushwire"
+	"farkeep/shared/recipe"
+)
+
+// tree is a repository in memory: content by path. Folders are not in it but
+// for those that the paths imply: one level, which is enough.
+type tree map[string]string
+
+// list makes the manifest, and the content of each of its entries.
+func (tr tree) list(t testing.TB) (offer pushwire.Offer, encoded []byte, entries []manifest.Entry) {
+	t.Helper()
+	var names []string
+	for name := range tr {
+		names = append(names, name)
+	}
+	for i := range names {
+		for j := i + 1; j < len(names); j++ {
+			if manifest.ComparePaths(names[i], names[j]) > 0 {
+				names[i], names[j] = names[j], names[i]
+			}
+		}
+	}
+	for _, name := range names {
+		h := manifest.NewHash()
+		io.WriteString(h, tr[name])
+		entries = append(entries, manifest.Entry{Path: name, Kind: manifest.File, Mode: 0o644, Size: int64(len(tr[name])), Sum: manifest.SumOf(h)})
+	}
+	var b bytes.Buffer
+	m := manifest.NewWriter(&b)
+	for _, e := range entries {
+		if err := m.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := m.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pushwire.Offer{Digest: s.Digest.String(), Entries: s.Entries, Bytes: s.Bytes, Kind: pushwire.KindFiles}, b.Bytes(), entries
+}
+
+type push struct {
+	target.Answer
+	entries []manifest.Entry
+	tree    tree
+	listed  int // how often the manifest was asked for
+}
+
+func offer(t testing.TB, to target.Target, repository string, tr tree) *push {
+	t.Helper()
+	o, encoded, entries := tr.list(t)
+	p := &push{entries: entries, tree: tr}
+	var err error
+	p.Answer, err = to.Offer(t.Context(), repository, o, func() (io.ReadCloser, error) {
+		p.listed++
+		return io.NopCloser(bytes.NewReader(encoded)), nil
+	})
+	if err != nil {
+		t.Fatalf("offer: %v", err)
+	}
+	return p
+}
+
+// write sends the needed files; content may alter what is sent of a file.
+func (p *push) write(w io.Writer, content func(path, right string) string) error {
+	e := recipe.NewEncoder(w)
+	for i := range p.Needed.All() {
+		entry := p.entries[i]
+		if err := e.File(i); err != nil {
+			return err
+		}
+		if _, err := io.WriteString(e, content(entry.Path, p.tree[entry.Path])); err != nil {
+			return err
+		}
+		if err := e.End(entry.Sum); err != nil {
+			return err
+		}
+	}
+	return e.Close()
+}
+
+func right(_, content string) string { return content }
+
+func (p *push) paths() []string {
+	var all []string
+	if p.Needed == nil {
+		return nil
+	}
+	for i := range p.Needed.All() {
+		all = append(all, p.entries[i].Path)
+	}
+	return all
+}
+
+func deliver(t testing.TB, to target.Target, repository string, tr tree) string {
+	t.Helper()
+	p := offer(t, to, repository, tr)
+	if p.Answer.Answer != pushwire.AnswerSend {
+		t.Fatalf("answer %q", p.Answer.Answer)
+	}
+	if p.Needed.Len() > 0 {
+		if _, err := to.Upload(t.Context(), p.Push, func(w io.Writer) error { return p.write(w, right) }); err != nil {
+			t.Fatalf("upload: %v", err)
+		}
+	}
+	c, err := to.Commit(t.Context(), p.Push)
+	if err != nil || c.Generation == "" {
+		t.Fatalf("commit: %+v %v", c, err)
+	}
+	return c.Generation
+}
+
+// Run tests the targets that open makes, each with an empty store.
+func Run(t *testing.T, open func(t *testing.T) target.Target) {
+	awake := func(t *testing.T) target.Target {
+		to := open(t)
+		t.Cleanup(func() { to.Close() })
+		if err := to.Wake(t.Context()); err != nil {
+			t.Fatalf("wake: %v", err)
+		}
+		return to
+	}
+	home := tree{"a": "one", "b": "two", "c": "three"}
+
+	t.Run("PushAndSame", func(t *testing.T) {
+		to := awake(t)
+		if to.Name() == "" {
+			t.Error("it has no name")
+		}
+		first := deliver(t, to, "photos", home)
+		again := offer(t, to, "photos", home)
+		if again.Answer.Answer != pushwire.AnswerSame || again.Generation != first || again.listed != 0 {
+			t.Errorf("unchanged: %+v, manifest asked for %d times", again.OfferAnswer, again.listed)
+		}
+		changed := tree{"a": "one", "b": "other", "d": "three"}
+		p := offer(t, to, "photos", changed)
+		if got := fmt.Sprint(p.paths()); got != "[b d]" && got != "[b]" {
+			t.Errorf("needed after a change: %s", got)
+		}
+		second := deliver(t, to, "photos", changed)
+		if second == first {
+			t.Errorf("second generation is called %s too", second)
+		}
+		// What was once committed is news again, but its files need not travel unless
+		// they are gone from the newest generation.
+		back := offer(t, to, "photos", home)
+		if back.Answer.Answer != pushwire.AnswerSend {
+			t.Errorf("an older state: %+v", back.OfferAnswer)
+		}
+	})
+
+	t.Run("CommitNeedsTheUpload", func(t *testing.T) {
+		to := awake(t)
+		p := offer(t, to, "photos", home)
+		if _, err := to.Commit(t.Context(), p.Push); err == nil {
+			t.Error("a push without its files was committed")
+		}
+	})
+
+	t.Run("CommitAgain", func(t *testing.T) {
+		to := awake(t)
+		p := offer(t, to, "photos", home)
+		if _, err := to.Upload(t.Context(), p.Push, func(w io.Writer) error { return p.write(w, right) }); err != nil {
+			t.Fatal(err)
+		}
+		one, err := to.Commit(t.Context(), p.Push)
+		if err != nil {
+			t.Fatal(err)
+		}
+		two, err := to.Commit(t.Context(), p.Push)
+		if err != nil || one.Generation != two.Generation {
+			t.Errorf("commit repeated: %q and %q, %v", one.Generation, two.Generation, err)
+		}
+	})
+
+	t.Run("WriterFails", func(t *testing.T) {
+		to := awake(t)
+		p := offer(t, to, "photos", home)
+		ours := errors.New("ours")
+		_, err := to.Upload(t.Context(), p.Push, func(w io.Writer) error {
+			io.WriteString(w, "FKRECIP1F")
+			return ours
+		})
+		if !errors.Is(err, ours) {
+			t.Errorf("an error of the writer came back as %v", err)
+		}
+		deliver(t, to, "photos", home)
+	})
+
+	t.Run("WrongContent", func(t *testing.T) {
+		to := awake(t)
+		p := offer(t, to, "photos", home)
+		_, err := to.Upload(t.Context(), p.Push, func(w io.Writer) error {
+			return p.write(w, func(path, right string) string {
+				if path == "b" {
+					return "tw0"
+				}
+				return right
+			})
+		})
+		if err == nil {
+			t.Fatal("wrong bytes were taken")
+		}
+		if target.Temporary(err) {
+			t.Errorf("wrong bytes are taken for a cut line: %v", err)
+		}
+		if again := offer(t, to, "photos", home); again.Answer.Answer != pushwire.AnswerSend || !again.Needed.Has(1) {
+			t.Errorf("after wrong bytes: %+v %v", again.OfferAnswer, again.paths())
+		}
+		deliver(t, to, "photos", home)
+	})
+
+	t.Run("Abort", func(t *testing.T) {
+		to := awake(t)
+		p := offer(t, to, "photos", home)
+		if err := to.Abort(t.Context(), p.Push); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := to.Upload(t.Context(), p.Push, func(w io.Writer) error { return p.write(w, right) }); err == nil {
+			t.Error("an aborted push took files")
+		}
+		deliver(t, to, "photos", home)
+	})
+
+	t.Run("Heartbeat", func(t *testing.T) {
+		to := awake(t)
+		deliver(t, to, "photos", home)
+		o, _, _ := home.list(t)
+		beat := pushwire.Heartbeat{Host: "home", At: time.Now().UTC(), Repositories: []pushwire.RepositoryDigest{{Name: "photos", Digest: o.Digest}}}
+		if err := to.Heartbeat(t.Context(), beat); err != nil {
+			t.Errorf("a true heartbeat: %v", err)
+		}
+		other, _, _ := tree{"x": "y"}.list(t)
+		for name, r := range map[string]pushwire.RepositoryDigest{
+			"another digest":     {Name: "photos", Digest: other.Digest},
+			"another repository": {Name: "music", Digest: o.Digest},
+			"no digest":          {Name: "photos", Digest: "zz"},
+		} {
+			beat.Repositories = []pushwire.RepositoryDigest{r}
+			if err := to.Heartbeat(t.Context(), beat); err == nil {
+				t.Errorf("heartbeat with %s was believed", name)
+			}
+		}
+	})
+
+	t.Run("BadOffers", func(t *testing.T) {
+		to := awake(t)
+		good, encoded, _ := home.list(t)
+		list := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(encoded)), nil }
+		wrong := good
+		wrong.Entries++
+		for _, c := range []struct {
+			name, repository string
+			offer            pushwire.Offer
+		}{
+			{"a name that leads out", "../photos", good},
+			{"no name", "", good},
+			{"another count than the manifest's", "photos", wrong},
+			{"no digest", "photos", pushwire.Offer{Entries: 1, Kind: pushwire.KindFiles}},
+			{"10^9 entries", "photos", pushwire.Offer{Digest: good.Digest, Entries: 1e9, Kind: pushwire.KindFiles}},
+		} {
+			if a, err := to.Offer(t.Context(), c.repository, c.offer, list); err == nil {
+				t.Errorf("%s: answered %q", c.name, a.Answer)
+			}
+		}
+	})
+
+	t.Run("Status", func(t *testing.T) {
+		to := awake(t)
+		name := deliver(t, to, "photos", home)
+		s, err := to.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(s.Repositories) != 1 || s.Repositories[0].Name != "photos" || s.Repositories[0].Newest != name || s.Repositories[0].Generations != 1 {
+			t.Errorf("repositories: %+v", s.Repositories)
+		}
+	})
+}
