@@ -95,6 +95,7 @@ func (s *system) run(ctx, life context.Context) {
 		},
 		Folders: s.makeFolders,
 		Healthy: s.healthy,
+		Expect:  s.expect,
 	}
 	// The watchdog is fed for as long as the machine lives, shutdown included.
 	if err := boot.Run(life, m, boot.Steps()); err != nil {
@@ -165,9 +166,10 @@ func (s *system) broken(ctx context.Context, m *boot.Machine, cause error) {
 }
 
 // shutdown ends what the parts left running and lets go of the card. The parts
-// themselves have ended in order, the disk is closed. From here on the main
-// loop does not beat, so a shutdown that hangs is cut short by the watchdog.
+// themselves have ended in order, the disk is closed. A shutdown that hangs is
+// cut short by the watchdog.
 func (s *system) shutdown() {
+	s.expect(stuckAfter)
 	s.log.Info("shutting down", "uptime", boot.Uptime().Round(time.Second))
 	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
 		if err := supervise.KillOthers(sig); err != nil {

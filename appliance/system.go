@@ -33,7 +33,9 @@ type system struct {
 	reaper *supervise.Reaper
 	header part.Header
 
-	pulse atomic.Int64 // nanoseconds of boot.Uptime, of the main loop's last turn
+	// deadline is the uptime, in nanoseconds, until which the machine counts as
+	// healthy without another sign; 0 before the first.
+	deadline atomic.Int64
 
 	mu   sync.Mutex // guards the fields below
 	boot status.Boot
@@ -58,17 +60,18 @@ var errFailing = errors.New("a required part keeps failing")
 // healthy is what the watchdog asks. It looks at this program alone: not at the
 // network, and not at single parts, which are restarted by themselves.
 func (s *system) healthy() error {
-	pulse := time.Duration(s.pulse.Load())
-	if pulse == 0 {
-		return nil // booting; every boot step has a timeout
-	}
-	if since := boot.Uptime() - pulse; since > stuckAfter {
-		return fmt.Errorf("the supervisor's loop has not turned for %v", since.Round(time.Second))
+	deadline := time.Duration(s.deadline.Load())
+	if late := boot.Uptime() - deadline; deadline != 0 && late > 0 {
+		return fmt.Errorf("the supervisor is stuck: its next sign is %v late", late.Round(time.Second))
 	}
 	return nil
 }
 
-func (s *system) beat() { s.pulse.Store(int64(boot.Uptime())) }
+// expect says that the next sign of the supervisor comes within d.
+func (s *system) expect(d time.Duration) { s.deadline.Store(int64(boot.Uptime() + d)) }
+
+// beat is the main loop's sign.
+func (s *system) beat() { s.expect(stuckAfter) }
 
 // makeFolders makes the parts' folders.
 func (s *system) makeFolders() error {
@@ -102,17 +105,12 @@ func (s *system) supervise(ctx context.Context, cfg *settings.Appliance) error {
 	}()
 	err := s.loop(ctx, sup)
 	stop()
-	// Parts may take their time to stop; the loop must go on beating meanwhile.
-	tick := time.NewTicker(loopInterval)
-	defer tick.Stop()
-	for {
-		s.beat()
-		select {
-		case <-ended:
-			return err
-		case <-tick.C:
-		}
-	}
+	// Parts may take their time to stop, but not for ever: one that even SIGKILL
+	// does not end hangs in the kernel, which is the watchdog's case.
+	states, _ := sup.States()
+	s.expect(time.Duration(len(states)) * (part.StopTimeout + 10*time.Second))
+	<-ended
+	return err
 }
 
 // loop writes the status and watches over the required parts until ctx ends.

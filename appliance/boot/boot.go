@@ -42,6 +42,9 @@ type Machine struct {
 	Folders func() error
 	// Healthy feeds the watchdog while it returns nil.
 	Healthy func() error
+	// Expect is told within which time the boot will go on: a step that ignores
+	// its timeout, because the kernel hangs, is the watchdog's case.
+	Expect func(time.Duration)
 
 	// What the steps find out.
 	Words     Words
@@ -119,6 +122,7 @@ func Run(ctx context.Context, m *Machine, steps []Step) error {
 	m.ctx = ctx
 	for _, s := range steps {
 		start := time.Now()
+		m.Expect(s.Timeout + stepSlack)
 		stepCtx, cancel := context.WithTimeout(ctx, s.Timeout)
 		err := s.do(stepCtx, m)
 		cancel()
@@ -142,6 +146,9 @@ func openConsole(_ context.Context, m *Machine) error {
 	// of its own.
 	return errors.Join(sysctl("kernel/printk_devkmsg", "on"), m.OpenConsole(m.Words.Debug))
 }
+
+// stepSlack is how much longer than its timeout a step may take to notice it.
+const stepSlack = time.Minute
 
 func openLog(_ context.Context, m *Machine) error {
 	dir := filepath.Join(m.Paths.State, "log")

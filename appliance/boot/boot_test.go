@@ -39,7 +39,8 @@ func TestParseWords(t *testing.T) {
 
 func TestStepsAreDataAndTellWhatFailed(t *testing.T) {
 	var log bytes.Buffer
-	m := &Machine{Log: slog.New(slog.NewTextHandler(&log, nil))}
+	var expected time.Duration
+	m := &Machine{Log: slog.New(slog.NewTextHandler(&log, nil)), Expect: func(d time.Duration) { expected = d }}
 	var done []string
 	step := func(name string, required bool, err error) Step {
 		return Step{name, required, "", time.Second, func(context.Context, *Machine) error {
@@ -52,6 +53,9 @@ func TestStepsAreDataAndTellWhatFailed(t *testing.T) {
 	var failed *Error
 	if !errors.As(err, &failed) || failed.Step != "c" || !errors.Is(err, broken) {
 		t.Errorf("got %v", err)
+	}
+	if expected != time.Second+stepSlack {
+		t.Errorf("the watchdog expects a sign within %v", expected)
 	}
 	if want := []string{"a", "b", "c"}; !slices.Equal(done, want) {
 		t.Errorf("done %v", done)
@@ -67,7 +71,7 @@ func TestStepsAreDataAndTellWhatFailed(t *testing.T) {
 }
 
 func TestStepsHaveTheirTime(t *testing.T) {
-	m := &Machine{Log: slog.New(slog.DiscardHandler)}
+	m := &Machine{Log: slog.New(slog.DiscardHandler), Expect: func(time.Duration) {}}
 	err := Run(t.Context(), m, []Step{{"slow", true, "", time.Millisecond, func(ctx context.Context, _ *Machine) error {
 		<-ctx.Done()
 		return ctx.Err()
