@@ -51,7 +51,7 @@ type deadman struct {
 	state   State
 	saved   []byte // the state file's content
 	written status.Deadman
-	quiet   map[string]string // the last error of each source that was logged
+	failing map[string]bool // by source of errors
 }
 
 // Run is the part. It returns nil after ctx ended.
@@ -77,7 +77,7 @@ func (d *deadman) path() string {
 // open reads the state. One that cannot be read is put aside: an alarm that is
 // mailed again is the smaller harm.
 func (d *deadman) open() error {
-	d.quiet = map[string]string{}
+	d.failing = map[string]bool{}
 	state, err := readState(d.path())
 	if err != nil {
 		d.env.Log.Error("starting without what was remembered", "err", err)
@@ -120,18 +120,16 @@ func (d *deadman) step() {
 	d.note("status", d.tell())
 }
 
-// note logs an error once, and reports whether there was none.
+// note logs a source's error when it begins, and its end, and reports whether
+// there was none: what is tried every few seconds must not fill the log.
 func (d *deadman) note(source string, err error) bool {
-	text := ""
-	if err != nil {
-		text = err.Error()
+	switch {
+	case err != nil && !d.failing[source]:
+		d.env.Log.Error("dead man's switch", "err", err)
+	case err == nil && d.failing[source]:
+		d.env.Log.Info("dead man's switch: works again", "what", source)
 	}
-	if text != d.quiet[source] {
-		d.quiet[source] = text
-		if err != nil {
-			d.env.Log.Error("dead man's switch", "err", err)
-		}
-	}
+	d.failing[source] = err != nil
 	return err == nil
 }
 
