@@ -173,7 +173,15 @@ func dropCaps(keep []uintptr) error {
 	for _, c := range keep {
 		mask[c/32] |= 1 << (c % 32)
 	}
-	for c := uintptr(0); c <= unix.CAP_LAST_CAP; c++ {
+	held, err := capget()
+	if err != nil {
+		return err
+	}
+	// The child of a confined part (unlock, of disk) has no right to shrink its
+	// bounding set, which is the parent's already. No new privileges, set next,
+	// keeps a program that it started from getting more than it has itself.
+	inherits := held[0]&(1<<unix.CAP_SETPCAP) == 0
+	for c := uintptr(0); c <= unix.CAP_LAST_CAP && !inherits; c++ {
 		if mask[c/32]&(1<<(c%32)) != 0 {
 			continue
 		}
