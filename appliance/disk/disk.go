@@ -153,7 +153,10 @@ type Config struct {
 	ClockSet func() bool
 	Alive    func()
 	Report   func(status.Disk)
-	Log      *slog.Logger
+	// Before is what an earlier run since power-on reported last: a failure goes
+	// on failing since then, and an open disk has the header it was opened with.
+	Before status.Disk
+	Log    *slog.Logger
 }
 
 // Disk is the state machine.
@@ -182,7 +185,12 @@ type Disk struct {
 
 // New makes a state machine; Run runs it.
 func New(cfg Config) *Disk {
-	return &Disk{cfg: cfg, poke: make(chan struct{}, 1), now: status.Disk{State: status.DiskOff, Since: time.Now()}}
+	b := cfg.Before
+	return &Disk{cfg: cfg, poke: make(chan struct{}, 1), now: status.Disk{
+		State: status.DiskOff, Since: time.Now(),
+		Error: b.Error, ErrorKind: b.ErrorKind, FailingSince: b.FailingSince,
+		HeaderDigest: b.HeaderDigest, TotalBytes: b.TotalBytes, FreeBytes: b.FreeBytes,
+	}}
 }
 
 // failure is an error with its kind.

@@ -46,6 +46,7 @@ type machine struct {
 	reports                []status.Disk
 	alive                  int
 	released               chan struct{} // closed at the end: lets hung calls return
+	before                 status.Disk
 	unmapLater             int
 	relayErr               error
 }
@@ -317,7 +318,7 @@ func run(t *testing.T, m *machine, w settings.Window, body func(t *testing.T, d 
 				})
 				return m, m.relayErr
 			},
-			System: m, Neighbours: m, Memory: m,
+			System: m, Neighbours: m, Memory: m, Before: m.before,
 			ClockSet: func() bool { m.mu.Lock(); defer m.mu.Unlock(); return m.clockSet },
 			Alive:    func() { m.set(func() { m.alive++ }) },
 			Report:   func(s status.Disk) { m.set(func() { m.reports = append(m.reports, s) }) },
@@ -764,6 +765,18 @@ func TestAdopt(t *testing.T) {
 			}
 			if !m.CheckWanted() {
 				t.Error("the file system must be checked")
+			}
+		})
+	})
+	t.Run("what was known before", func(t *testing.T) {
+		m := newMachine()
+		m.absent = true
+		since := time.Date(1999, 12, 31, 12, 0, 0, 0, time.UTC)
+		m.before = status.Disk{Error: "gone", ErrorKind: status.ErrorMissing, FailingSince: since, HeaderDigest: "d0", Mounted: true, Power: true}
+		run(t, m, settings.Window{Length: settings.Duration(24 * time.Hour)}, func(t *testing.T, d *Disk) {
+			after(5 * time.Minute)
+			if s := d.Status(); !s.FailingSince.Equal(since) || s.HeaderDigest != "d0" || s.Mounted {
+				t.Errorf("%+v", s)
 			}
 		})
 	})

@@ -44,7 +44,14 @@ func Run(ctx context.Context, env *part.Env) error {
 	if err != nil {
 		return err
 	}
+	before := status.Disk{}
+	if s, err := status.Read[status.Disk](env.Paths.Status(part.Disk)); err != nil {
+		env.Log.Warn("what an earlier run reported", "err", err)
+	} else if s != nil {
+		before = *s
+	}
 	d := New(Config{
+		Before:    before,
 		UUID:      brief.Disk.LUKS,
 		Window:    brief.Disk.Window,
 		IdleClose: brief.Disk.IdleClose.Std(),
