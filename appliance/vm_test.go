@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -111,6 +112,7 @@ func TestFirmware(t *testing.T) {
 		survivesPanic(t, pi)
 		onlyTestPartsEnded(t, pi)
 	})
+	t.Run("restart", func(t *testing.T) { restarts(t, personalise(t, image, good)) })
 	t.Run("bad settings", func(t *testing.T) { badSettings(t, image, good) })
 }
 
@@ -150,6 +152,47 @@ func findsHang(t *testing.T, pi *emulate.Pi) {
 	wait(t, pi, `part is silent; its stacks follow child=hangs`)
 	wait(t, pi, `hangs: SIGQUIT`)
 	wait(t, pi, `part ended; it will be started again child=hangs`)
+}
+
+// restarts: a machine that is told to restart stops its parts in order and
+// leaves a clean state partition, which the next boot finds.
+func restarts(t *testing.T, image string) {
+	pi := start(t, emulate.Config{Machine: emulate.Generic, Image: image, Append: "farkeep.test=restart", FollowRestarts: true})
+	wait(t, pi, `booted.* first_boot=true`)
+	wait(t, pi, `stopped child=mail how="exit status 0"`)
+	wait(t, pi, `stopped child=network how="exit status 0"`)
+	wait(t, pi, `supervisor: shutting down`)
+	wait(t, pi, `booted.* first_boot=false`)
+	if err := pi.CutPower(); err != nil {
+		t.Fatal(err)
+	}
+	// The log of the first boot is on the card to its end.
+	f, err := os.Open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	p := card.Partitions()[card.State-1]
+	state := filepath.Join(t.TempDir(), "state.ext4")
+	out, err := os.Create(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(out, io.NewSectionReader(f, p.Start, p.Size)); err != nil {
+		t.Fatal(err)
+	}
+	if err := out.Close(); err != nil {
+		t.Fatal(err)
+	}
+	log, err := exec.Command("debugfs", "-R", "cat /log/farkeep.log", state).Output()
+	if err != nil {
+		t.Fatalf("debugfs (package e2fsprogs): %v", err)
+	}
+	for _, want := range []string{`"msg":"confined"`, `"msg":"shutting down"`} {
+		if !bytes.Contains(log, []byte(want)) {
+			t.Errorf("the log on the card lacks %s", want)
+		}
+	}
 }
 
 func onlyTestPartsEnded(t *testing.T, pi *emulate.Pi) {
