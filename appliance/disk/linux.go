@@ -17,6 +17,7 @@ import (
 	"unsafe"
 
 	"farkeep/appliance/part"
+	"farkeep/appliance/spawn"
 	"farkeep/appliance/status"
 	"farkeep/appliance/unlock"
 	"farkeep/shared/luksheader"
@@ -119,7 +120,7 @@ func (l *linux) Mapping() (string, error) {
 
 func (l *linux) Unlock(ctx context.Context, dev Device) (unlock.Result, error) {
 	var r unlock.Result
-	err := part.Spawn(ctx, l.env, part.Unlock, unlock.Brief{
+	err := spawn.Run(ctx, l.env, part.Unlock, unlock.Brief{
 		Identity: l.identity, KeyServers: l.keyServers, UUID: l.uuid, Device: dev.Node, Mapping: mappingName,
 	}, &r)
 	return r, err

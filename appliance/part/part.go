@@ -10,7 +10,7 @@
 //	2  its log: one slog JSON object per line
 //	3  the brief, a pipe: gob of Header and then of the part's own brief, then EOF
 //	4  liveness, a pipe: a byte now and then (see Env.Alive)
-//	5  the result, a pipe: one JSON line; only of parts that Spawn starts
+//	5  the result, a pipe: one JSON line; only of parts that package spawn starts
 //
 // The brief is the only way in which secrets reach a part: never by argument,
 // environment or file. It holds what the part needs and nothing else, so that
@@ -241,7 +241,7 @@ func Brief[T any](e *Env) (T, error) {
 }
 
 // Attach builds the Env of this process from its descriptors and logs to w.
-// Parts that Spawn starts have no liveness pipe and need none: they are
+// Parts that package spawn starts have no liveness pipe and need none: they are
 // short-lived and their parent waits for them with a timeout.
 func Attach(name string, w io.Writer) (*Env, error) {
 	in := inherited(BriefFD, "brief")
@@ -321,7 +321,7 @@ func (e *Env) Loop(ctx context.Context, interval time.Duration, step func(contex
 	}
 }
 
-// Result gives v to the process that started this part with Spawn, as one JSON
+// Result gives v to the process that started this part by package spawn, as one JSON
 // line. v must not hold secrets of the redacting types: they arrive redacted.
 func (e *Env) Result(v any) error {
 	if e.result == nil {

@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -23,41 +21,6 @@ type brief struct {
 	Password secret.Text
 	Age      settings.Duration
 	Mode     string
-}
-
-// TestMain lets Spawn start this test binary as a part.
-func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == "part" {
-		if err := child(os.Args[2]); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
-
-func child(name string) error {
-	e, err := part.Attach(name, os.Stderr)
-	if err != nil {
-		return err
-	}
-	b, err := part.Brief[brief](e)
-	if err != nil {
-		return err
-	}
-	e.Alive()
-	switch b.Mode {
-	case "hang":
-		select {}
-	case "long":
-		return e.Result(strings.Repeat("x", part.MaxResult))
-	case "silent":
-		return nil
-	case "fail":
-		return errors.New("this is how it failed")
-	}
-	return e.Result(map[string]any{"password": b.Password.Reveal(), "name": e.Name, "env": len(os.Environ())})
 }
 
 func header() part.Header {
@@ -156,39 +119,6 @@ func TestLoopBeatsAndStops(t *testing.T) {
 	broken := errors.New("broken")
 	if err := e.Loop(t.Context(), time.Hour, func(context.Context) error { return broken }); !errors.Is(err, broken) {
 		t.Errorf("got %v", err)
-	}
-}
-
-func TestSpawn(t *testing.T) {
-	e, err := part.New(header(), brief{}, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	spawn := func(mode string, timeout time.Duration) (map[string]any, error) {
-		ctx, cancel := context.WithTimeout(t.Context(), timeout)
-		defer cancel()
-		var got map[string]any
-		err := part.Spawn(ctx, e, "unlock", brief{Password: "hush", Mode: mode}, &got)
-		return got, err
-	}
-	got, err := spawn("", 20*time.Second)
-	want := map[string]any{"password": "hush", "name": "unlock", "env": 0.0}
-	if diff := cmp.Diff(want, got); err != nil || diff != "" {
-		t.Errorf("%v\n%s", err, diff)
-	}
-	for _, tt := range []struct {
-		mode    string
-		timeout time.Duration
-		want    string
-	}{
-		{"hang", 300 * time.Millisecond, "killed"},
-		{"long", 20 * time.Second, "exit status 1"},
-		{"silent", 20 * time.Second, "unexpected end of JSON"},
-		{"fail", 20 * time.Second, "exit status 1"},
-	} {
-		if _, err := spawn(tt.mode, tt.timeout); err == nil || !strings.Contains(err.Error(), tt.want) {
-			t.Errorf("%s: got %v; want %q", tt.mode, err, tt.want)
-		}
 	}
 }
 

@@ -1,4 +1,7 @@
-package part
+// Package spawn runs a short-lived part as the child of another part. It is
+// apart from package part because it starts programs, which most parts must not
+// even be able to: a test forbids them the import.
+package spawn
 
 import (
 	"bytes"
@@ -12,6 +15,8 @@ import (
 	"runtime"
 	"time"
 
+	"farkeep/appliance/part"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -19,11 +24,11 @@ import (
 // its file meanwhile.
 const selfExe = "/proc/self/exe"
 
-// Spawn runs a short-lived part as a child of this part, waits for it, and
-// decodes its result into v. The child logs where this process logs. When ctx
+// Run runs a part as a child of this part, waits for it, and decodes its result
+// into v. The child logs where this process logs. When ctx
 // ends it is killed. An error that the child could tell is in its log; here it
 // is only said how it ended.
-func Spawn(ctx context.Context, e *Env, name string, brief, v any) error {
+func Run(ctx context.Context, e *part.Env, name string, brief, v any) error {
 	h := e.Header
 	h.Name = name
 	cmd := exec.CommandContext(ctx, selfExe, "part", name)
@@ -35,10 +40,10 @@ func Spawn(ctx context.Context, e *Env, name string, brief, v any) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	return spawn(cmd, h, brief, v)
+	return run(cmd, h, brief, v)
 }
 
-func spawn(cmd *exec.Cmd, h Header, brief, v any) error {
+func run(cmd *exec.Cmd, h part.Header, brief, v any) error {
 	briefR, briefW, err := os.Pipe()
 	if err != nil {
 		return fmt.Errorf("start part %s: %w", h.Name, err)
@@ -64,32 +69,20 @@ func spawn(cmd *exec.Cmd, h Header, brief, v any) error {
 	if err != nil {
 		return fmt.Errorf("start part %s: %w", h.Name, err)
 	}
-	sendErr := Send(briefW, h, brief)
+	sendErr := part.Send(briefW, h, brief)
 	briefW.Close()
-	line, readErr := io.ReadAll(io.LimitReader(resultR, MaxResult+1))
+	line, readErr := io.ReadAll(io.LimitReader(resultR, part.MaxResult+1))
 	if err := cmd.Wait(); err != nil {
 		return fmt.Errorf("part %s: %w", h.Name, err)
 	}
 	if err := errors.Join(sendErr, readErr); err != nil {
 		return err
 	}
-	if len(line) > MaxResult {
-		return fmt.Errorf("part %s: its result is larger than %d bytes", h.Name, MaxResult)
+	if len(line) > part.MaxResult {
+		return fmt.Errorf("part %s: its result is larger than %d bytes", h.Name, part.MaxResult)
 	}
 	if err := json.Unmarshal(bytes.TrimSpace(line), v); err != nil {
 		return fmt.Errorf("part %s: its result: %w", h.Name, err)
 	}
 	return nil
-}
-
-// inherited returns descriptor fd if it is a pipe that somebody gave to this
-// process, and nil otherwise. The kind matters: without an inherited
-// descriptor there the Go runtime has put one of its own in that place.
-func inherited(fd int, name string) *os.File {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
-		return nil
-	}
-	unix.CloseOnExec(fd)
-	return os.NewFile(uintptr(fd), name)
 }
