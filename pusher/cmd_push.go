@@ -15,6 +15,7 @@ import (
 	"farkeep/pusher/push"
 	"farkeep/pusher/repository"
 	"farkeep/shared/hint"
+	"farkeep/shared/site"
 )
 
 func newPushCmd(env *Env, at *places) *cobra.Command {
@@ -23,6 +24,7 @@ func newPushCmd(env *Env, at *places) *cobra.Command {
 		dryRun                bool
 		priority              string
 		giveUp                time.Duration
+		rate                  int64
 	)
 	cmd := &cobra.Command{
 		Use:   "push",
@@ -45,6 +47,9 @@ man's switch quiet.`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx := cmd.Context()
+			if rate < 0 {
+				return hint.Exit(hint.ExitUsage, fmt.Errorf("--rate-limit %d: a rate cannot be negative", rate))
+			}
 			if priority != "idle" && priority != "normal" {
 				return hint.Exit(hint.ExitUsage, fmt.Errorf("--priority %q is neither idle nor normal", priority))
 			}
@@ -111,7 +116,7 @@ man's switch quiet.`,
 				Host: s.Home.Name, Repositories: found.Repositories, Problems: found.Problems, Whole: whole, Targets: all,
 				State: at.state, Memory: memory,
 				Lock: borglock.Options{HostID: host, Wait: time.Duration(s.Push.LockWait)},
-				Rate: s.Push.RateLimit, GiveUp: giveUp, Now: env.Now, Log: log, Board: board,
+				Rate: rateOf(cmd, s, rate), GiveUp: giveUp, Now: env.Now, Log: log, Board: board,
 			}
 			board.Start()
 			report := p.Run(ctx)
@@ -127,8 +132,23 @@ man's switch quiet.`,
 	f.StringSliceVar(&repositories, "repository", nil, "only this repository; may be repeated; no heartbeat is sent then (default all)")
 	f.BoolVar(&dryRun, "dry-run", false, "say what would be pushed, touch nothing")
 	f.StringVar(&priority, "priority", "idle", "idle: stay behind every other process; normal")
+	f.Int64Var(&rate, "rate-limit", 0, "bytes per second for each target; 0: none (default what the site says, for appliances)")
 	f.DurationVar(&giveUp, "give-up", 30*time.Minute, "give a target up when nothing has moved for so long")
 	return cmd
+}
+
+// rateOf is the limit for each target: the flag's, or else the site's, which is
+// about the line to appliances and not about local folders.
+func rateOf(cmd *cobra.Command, s *site.Site, flag int64) func(string) int64 {
+	return func(target string) int64 {
+		if cmd.Flags().Changed("rate-limit") {
+			return flag
+		}
+		if _, far := s.Appliance(target); far {
+			return s.Push.RateLimit
+		}
+		return 0
+	}
 }
 
 // only keeps the repositories with these names, and their problems.

@@ -158,13 +158,13 @@ func TestInterrupt(t *testing.T) {
 	if err := os.Mkdir(disk, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	extra := fmt.Sprintf("[push]\nrate_limit = 100000\n[[repository_folder]]\npath = %q\n[[directory_target]]\nname = \"disk\"\npath = %q\n", repos, disk)
+	extra := fmt.Sprintf("[[repository_folder]]\npath = %q\n[[directory_target]]\nname = \"disk\"\npath = %q\n", repos, disk)
 	if err := writeSite(work, extra); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	out := &watcher{text: "frozen", seen: cancel}
-	code := run(ctx, []string{"push", "--site", filepath.Join(work, "site.toml"), "--state", filepath.Join(work, "state"), "--priority", "normal"}, &Env{Stdout: out, Stderr: out, Getenv: os.Getenv, Now: time.Now})
+	code := run(ctx, []string{"push", "--site", filepath.Join(work, "site.toml"), "--state", filepath.Join(work, "state"), "--priority", "normal", "--rate-limit", "100000"}, &Env{Stdout: out, Stderr: out, Getenv: os.Getenv, Now: time.Now})
 	if code != 130 {
 		t.Errorf("exit code %d\n%s", code, out.all)
 	}
@@ -205,13 +205,10 @@ func TestKilled(t *testing.T) {
 	r := borgtest.Init(t, repos, "photos", "none")
 	r.Fill(t, 4, 500_000)
 	r.Create(t, "one")
-	site := func(rate int) {
-		extra := fmt.Sprintf("[push]\nrate_limit = %d\n[[repository_folder]]\npath = %q\n[[directory_target]]\nname = \"disk\"\npath = %q\n", rate, repos, disk)
-		if err := writeSite(work, extra); err != nil {
-			t.Fatal(err)
-		}
+	extra := fmt.Sprintf("[[repository_folder]]\npath = %q\n[[directory_target]]\nname = \"disk\"\npath = %q\n", repos, disk)
+	if err := writeSite(work, extra); err != nil {
+		t.Fatal(err)
 	}
-	site(1000)
 	args := []string{"push", "--site", filepath.Join(work, "site.toml"), "--state", filepath.Join(work, "state")}
 	exe, err := os.Executable()
 	if err != nil {
@@ -221,7 +218,7 @@ func TestKilled(t *testing.T) {
 	if err := os.Symlink(exe, link); err != nil {
 		t.Fatal(err)
 	}
-	c := exec.Command(link, args...)
+	c := exec.Command(link, append(args, "--rate-limit", "1000")...)
 	stderr, err := c.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -246,7 +243,6 @@ func TestKilled(t *testing.T) {
 	}
 	r.Fill(t, 1, 1000)
 	r.Run(t, "create", "--lock-wait=0", r.Path+"::two", r.Source)
-	site(0)
 	var out watcher
 	out.seen = func() {}
 	if code := run(t.Context(), append(args, "--priority", "normal"), &Env{Stdout: &out, Stderr: &out, Getenv: os.Getenv, Now: time.Now}); code != 0 {
@@ -273,6 +269,7 @@ func TestExitCodes(t *testing.T) {
 		{"", 0},
 		{"--help", 0},
 		{"push --nonsense", 2},
+		{"push --rate-limit=-1", 2},
 		{"push --site WORK/missing", 2},
 		{"check --site WORK/site.toml --identity WORK/missing --state WORK/state", 2},
 		{"push --site WORK/site.toml --state WORK/state", 2},      // no repository

@@ -49,8 +49,9 @@ type Push struct {
 	State  string // folder of the pusher's state, see [Lock]
 	Memory *repository.Memory
 	Lock   borglock.Options
-	// Rate bounds what each target gets, in bytes per second; 0: no bound.
-	Rate int64
+	// Rate gives the bound on what a target gets, in bytes per second, 0 for none;
+	// nil: none for all.
+	Rate func(target string) int64
 	// GiveUp is how long a target may be out of reach without anything moving;
 	// 0 means 30 minutes.
 	GiveUp time.Duration
@@ -332,8 +333,8 @@ func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *lis
 		lane.Add(n)
 	}
 	got, err := t.Upload(ctx, answer.Push, func(w io.Writer) error {
-		if p.Rate > 0 {
-			w = &limited{ctx, w, &limit{rate: p.Rate, now: p.Now, wait: sleep, due: p.Now()}}
+		if p.Rate != nil && p.Rate(t.Name()) > 0 {
+			w = &limited{ctx, w, &limit{rate: p.Rate(t.Name()), now: p.Now, wait: sleep, due: p.Now()}}
 		}
 		return upload(ctx, w, root, l, needed{answer.Needed, answer.Resume}, sent)
 	})
