@@ -36,6 +36,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -78,6 +79,9 @@ const (
 	stableAfter = 10 * time.Minute
 	retryFirst  = 2 * time.Second
 	retryMax    = 5 * time.Minute
+	// retryAsk bounds the wait when only the key is missing: asking costs
+	// nothing, and the disk spins meanwhile.
+	retryAsk = 30 * time.Second
 )
 
 // Device is a block device that carries the disk's LUKS header.
@@ -151,8 +155,11 @@ type Config struct {
 	Memory     Memory
 	// ClockSet says whether the wall clock can be believed.
 	ClockSet func() bool
-	Alive    func()
-	Report   func(status.Disk)
+	// VPNUp says whether key servers can be reached. When they can again, an
+	// attempt that waits is made at once.
+	VPNUp  func() bool
+	Alive  func()
+	Report func(status.Disk)
 	// Before is what an earlier run since power-on reported last: a failure goes
 	// on failing since then, and an open disk has the header it was opened with.
 	Before status.Disk
@@ -277,6 +284,9 @@ func (d *Disk) drive(ctx context.Context) error {
 		if err != nil && !errors.Is(err, context.Canceled) {
 			d.fail(err)
 			wait = pace.NextBackOff()
+			if kindOf(err) == status.ErrorUnreachable && wait > retryAsk {
+				wait = retryAsk - rand.N(retryAsk/3)
+			}
 			d.cfg.Log.Error("disk", "err", err, "kind", kindOf(err), "again_in", wait.Round(time.Second))
 			if ctx.Err() != nil {
 				return errors.Join(err, d.relay.Close())
@@ -289,10 +299,13 @@ func (d *Disk) drive(ctx context.Context) error {
 }
 
 // pause waits, until the disk is wanted no more or anew, or until somebody
-// called "wake": then it returns true.
+// called "wake" or the VPN came up: then it returns true.
 func (d *Disk) pause(wait time.Duration, wanted bool) (woken bool) {
-	until := time.Now().Add(wait)
+	until, reachable := time.Now().Add(wait), d.cfg.VPNUp()
 	for time.Now().Before(until) && d.wanted() == wanted {
+		if !reachable && d.cfg.VPNUp() {
+			return true
+		}
 		select {
 		case <-d.poke:
 			return true

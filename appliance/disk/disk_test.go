@@ -46,6 +46,7 @@ type machine struct {
 	reports                []status.Disk
 	alive                  int
 	released               chan struct{} // closed at the end: lets hung calls return
+	vpnDown                bool
 	before                 status.Disk
 	unmapLater             int
 	relayErr               error
@@ -320,6 +321,7 @@ func run(t *testing.T, m *machine, w settings.Window, body func(t *testing.T, d 
 			},
 			System: m, Neighbours: m, Memory: m, Before: m.before,
 			ClockSet: func() bool { m.mu.Lock(); defer m.mu.Unlock(); return m.clockSet },
+			VPNUp:    func() bool { m.mu.Lock(); defer m.mu.Unlock(); return !m.vpnDown },
 			Alive:    func() { m.set(func() { m.alive++ }) },
 			Report:   func(s status.Disk) { m.set(func() { m.reports = append(m.reports, s) }) },
 			Log:      slog.New(slog.NewTextHandler(t.Output(), nil)),
@@ -505,7 +507,7 @@ func TestErrors(t *testing.T) {
 					t.Errorf("failing since %v, then since %v", first, s.FailingSince)
 				}
 				calls := m.take()
-				if n := strings.Count(calls, "unlock"); n > 80 {
+				if n := strings.Count(calls, "unlock"); n > 180 {
 					t.Errorf("%d attempts in an hour", n)
 				}
 				if n := strings.Count(calls, "on,"); n > 80 || tc.power && n > 1 {
@@ -535,6 +537,22 @@ func unlockFails(kind string) func(*machine) {
 }
 
 func unlockWorks(m *machine) { m.unlockResult = unlock.Result{OK: true, Minor: 7} }
+
+// The appliance boots within its window, and the VPN takes its time.
+func TestOpensWhenTheVPNComesUp(t *testing.T) {
+	m := newMachine()
+	m.vpnDown = true
+	unlockFails(status.ErrorUnreachable)(m)
+	run(t, m, settings.Window{Length: settings.Duration(24 * time.Hour)}, func(t *testing.T, d *Disk) {
+		after(10 * time.Minute)
+		if n := strings.Count(m.take(), "unlock"); n < 15 || n > 60 {
+			t.Errorf("asked %d times in ten minutes", n)
+		}
+		m.set(func() { m.vpnDown = false; unlockWorks(m) })
+		after(2 * time.Second)
+		want(t, d, status.DiskMounted)
+	})
+}
 
 // A wake retries at once, whatever the back-off had in mind.
 func TestWakeRetriesAtOnce(t *testing.T) {

@@ -62,7 +62,8 @@ func Run(ctx context.Context, env *part.Env) error {
 		},
 		Neighbours: neighbours{env.Paths},
 		Memory:     checkFile(filepath.Join(env.Paths.StateDir(part.Disk), "check-wanted")),
-		ClockSet:   func() bool { return clockSet(env) },
+		ClockSet:   func() bool { return !env.Firmware || network(env).ClockSet },
+		VPNUp:      func() bool { return !env.Firmware || network(env).VPNUp },
 		Alive:      env.Alive,
 		Report: func(s status.Disk) {
 			if err := status.Write(env.Paths.Status(part.Disk), s); err != nil {
@@ -112,14 +113,14 @@ func (d *Disk) Handle(_ context.Context, req localcall.Request, conn *localcall.
 	}
 }
 
-// clockSet asks the network part's status. In service mode the clock is the
-// system's business, and believed.
-func clockSet(env *part.Env) bool {
-	if !env.Firmware {
-		return true
-	}
+// network is what the network part says; nothing is up or set until it has
+// spoken. In service mode clock and VPN are the system's business, and believed.
+func network(env *part.Env) status.Network {
 	s, err := status.Read[status.Network](env.Paths.Status(part.Network))
-	return err == nil && s != nil && s.ClockSet
+	if err != nil || s == nil {
+		return status.Network{}
+	}
+	return *s
 }
 
 // neighbours are the receiver and the keeper.

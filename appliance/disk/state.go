@@ -94,8 +94,19 @@ func (d *Disk) snapshotLocked() status.Disk {
 	if !d.poweredAt.IsZero() {
 		s.ExposureMinutes = int(time.Since(d.poweredAt) / time.Minute)
 	}
+	// The clock may have been set since: what counts is how long ago it was.
+	s.Since, s.FailingSince = restate(s.Since), restate(s.FailingSince)
 	s.Updated = time.Now()
 	return s
+}
+
+// restate gives a moment in terms of the clock as it goes now, if it was taken
+// by this process and so has a monotonic reading.
+func restate(t time.Time) time.Time {
+	if t.IsZero() {
+		return t
+	}
+	return time.Now().Add(-time.Since(t)).Round(0)
 }
 
 func (d *Disk) report() { d.cfg.Report(d.Status()) }
