@@ -46,7 +46,7 @@ func child(name string) error {
 	e.Alive()
 	switch b.Mode {
 	case "hang":
-		select {}
+		time.Sleep(time.Hour)
 	case "long":
 		return e.Result(strings.Repeat("x", part.MaxResult))
 	case "silent":
@@ -89,4 +89,3 @@ func TestRun(t *testing.T) {
 		}
 	}
 }
-
