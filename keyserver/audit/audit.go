@@ -313,7 +313,11 @@ func files(dir string) ([]string, error) {
 }
 
 func lock(dir string, how int) (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	flags := os.O_RDWR | os.O_CREATE
+	if how == unix.LOCK_SH {
+		flags = os.O_RDONLY // a reader may have no right to write
+	}
+	f, err := os.OpenFile(filepath.Join(dir, lockName), flags, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock the audit log: %w", err)
 	}

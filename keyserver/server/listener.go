@@ -1,6 +1,7 @@
 package server
 
 import (
+	"log/slog"
 	"net"
 	"sync"
 	"time"
@@ -15,12 +16,13 @@ const (
 )
 
 // fairListener keeps one address from taking all the places.
-func fairListener(l net.Listener) net.Listener {
-	return &fair{Listener: l, open: map[string]int{}}
+func fairListener(l net.Listener, log *slog.Logger) net.Listener {
+	return &fair{Listener: l, log: log, open: map[string]int{}}
 }
 
 type fair struct {
 	net.Listener
+	log *slog.Logger
 
 	mu   sync.Mutex
 	open map[string]int // connections by address, without port
@@ -34,6 +36,7 @@ func (f *fair) Accept() (net.Conn, error) {
 		}
 		host, _, err := net.SplitHostPort(conn.RemoteAddr().String())
 		if err != nil || !f.enter(host) {
+			f.log.Warn("too many connections from one address, one turned away", "peer", conn.RemoteAddr().String(), "limit", perAddress)
 			conn.Close()
 			continue
 		}

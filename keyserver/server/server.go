@@ -129,7 +129,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 	defer s.witness.flush()
 	verbs := &sshverb.Server{HostKey: s.c.HostKey, Authorise: s.authorise, Exec: s.exec, Limits: limits, Log: s.c.Log}
-	return verbs.Serve(ctx, fairListener(l))
+	return verbs.Serve(ctx, fairListener(l, s.c.Log))
 }
 
 // authorise knows the appliances of the site, revoked ones too: they are told

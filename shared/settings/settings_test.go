@@ -245,6 +245,38 @@ func TestMistakes(t *testing.T) {
 	}
 }
 
+// TestDocsShowTheFixtures keeps the samples in the docs ones that work, and the
+// mistakes in them ones that are reported as the docs say.
+func TestDocsShowTheFixtures(t *testing.T) {
+	docs, err := os.ReadFile("../../docs/site.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := func(name string) string {
+		t.Helper()
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(docs), "```toml\n"+string(text)+"```") {
+			t.Errorf("docs/site.md does not show %s as it is", name)
+		}
+		return string(text)
+	}
+	shown("testdata/good.toml")
+	bad, err := filepath.Glob("testdata/bad/*.toml")
+	if err != nil || len(bad) < 4 {
+		t.Fatalf("bad samples: %v, %v", bad, err)
+	}
+	for _, name := range bad {
+		text := shown(name)
+		want, _, _ := strings.Cut(strings.TrimPrefix(text, "# "), "\n")
+		if _, err := settings.Parse("farkeep.toml", []byte(text)); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: got %v; want %s", name, err, want)
+		}
+	}
+}
+
 func TestDurationsReadBack(t *testing.T) {
 	for text, want := range map[string]string{
 		"30h": "30h", "90m": "1h30m", "8d": "192h", "1h0m5s": "1h0m5s", "10m": "10m", "0s": "0s", "1m30s": "1m30s", "250ms": "250ms", "100m0s": "1h40m",
