@@ -14,11 +14,11 @@ help: ## list the targets
 
 all: ## build the programs into bin/
 	@mkdir -p bin
-	$(GO) build -trimpath -o bin/farkeep-pusher ./pusher
-	$(GO) build -trimpath -o bin/farkeep-keyserver ./keyserver
-	$(GO) build -trimpath -o bin/farkeep-image ./image
-	$(GO) build -trimpath -o bin/farkeep-appliance ./appliance
-	GOARCH=arm64 $(GO) build -trimpath -ldflags='-s -w' -o bin/farkeep-appliance-arm64 ./appliance
+	$(GO) build -trimpath -buildvcs=auto -o bin/farkeep-pusher ./pusher
+	$(GO) build -trimpath -buildvcs=auto -o bin/farkeep-keyserver ./keyserver
+	$(GO) build -trimpath -buildvcs=auto -o bin/farkeep-image ./image
+	$(GO) build -trimpath -buildvcs=auto -o bin/farkeep-appliance ./appliance
+	GOARCH=arm64 $(GO) build -trimpath -buildvcs=auto -ldflags='-s -w' -o bin/farkeep-appliance-arm64 ./appliance
 
 demo: needs all ## build an image, boot a Pi from it, push, cut its power, restore, raise the alarm
 	bin/farkeep-image demo --bin bin

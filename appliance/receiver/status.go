@@ -7,6 +7,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
 	"farkeep/shared/pushwire"
@@ -16,8 +18,13 @@ import (
 // says nothing leaves its fields at zero, which never reads as "good".
 func (r *receiver) collect(k Key) pushwire.Status {
 	now := pushwire.Status{Appliance: r.brief.Appliance, Time: r.env.Now().UTC(), Disk: pushwire.DiskState{State: "unknown"}}
+	// Not what the clock showed at the start: that was before it was set.
+	var up unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err == nil {
+		now.Started = now.Time.Add(-time.Duration(up.Nano())).Truncate(time.Second)
+	}
 	if boot := read[status.Boot](r, r.env.Paths.Boot()); boot != nil {
-		now.Version, now.Board, now.Slot, now.Started = boot.Version, boot.Board, boot.Slot, boot.StartedAt
+		now.Version, now.Board, now.Slot = boot.Version, boot.Board, boot.Slot
 		now.Degraded, now.Restarts = boot.Degraded, boot.Restarts
 	}
 	if network := read[status.Network](r, r.env.Paths.Status(part.Network)); network != nil {
