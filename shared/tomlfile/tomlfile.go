@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
@@ -89,9 +90,32 @@ func Parse(name string, text []byte, v any) error {
 	var bad *toml.DecodeError
 	if errors.As(err, &bad) {
 		row, _ := bad.Position()
-		return &Error{File: name, Line: row, Key: strings.Join(bad.Key(), "."), Text: strings.TrimPrefix(bad.Error(), "toml: ")}
+		return &Error{File: name, Line: row, Key: strings.Join(bad.Key(), "."), Text: plain(strings.TrimPrefix(bad.Error(), "toml: "))}
 	}
 	return &Error{File: name, Text: strings.TrimPrefix(err.Error(), "toml: ")}
+}
+
+var wrongType = regexp.MustCompile(`^cannot decode TOML (\w+) into struct field .* of type (.+)$`)
+
+// plain says what is wrong with a value's type in words for people, who know
+// nothing of our Go structs.
+func plain(text string) string {
+	m := wrongType.FindStringSubmatch(text)
+	if m == nil {
+		return text
+	}
+	want := "a table"
+	switch kind := m[2]; {
+	case strings.HasPrefix(kind, "int"):
+		want = "a whole number"
+	case kind == "bool":
+		want = "true or false"
+	case strings.HasPrefix(kind, "[]"):
+		want = "a list in brackets"
+	case kind == "string", strings.HasSuffix(kind, ".Text"), strings.HasSuffix(kind, ".Duration"), strings.HasSuffix(kind, ".ClockTime"), strings.HasPrefix(kind, "netip."):
+		want = "a text in quotes"
+	}
+	return fmt.Sprintf("%s is wanted here, this is a TOML %s", want, m[1])
 }
 
 // Line finds the line, 1-based, on which key is set in text, for errors about
