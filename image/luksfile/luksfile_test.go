@@ -81,7 +81,7 @@ func TestPrepared(t *testing.T) {
 			t.Run(fmt.Sprintf("%s filled %v", c, fill), func(t *testing.T) {
 				t.Parallel()
 				ctx := t.Context()
-				path := newDisk(t, 96<<20, fill)
+				path := newDisk(t, 48<<20, fill)
 				first, second := newKey(), newKey()
 				h, err := luksfile.Format(ctx, path, uuid, c, first, second)
 				if err != nil {
