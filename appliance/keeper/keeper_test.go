@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -24,6 +25,7 @@ import (
 	"farkeep/shared/pushwire"
 	"farkeep/shared/recipe"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
 
@@ -32,6 +34,7 @@ type bench struct {
 	*testing.T
 	paths part.Paths
 	args  keepercall.Args
+	stop  func() // ends the keeper and waits for it
 }
 
 func start(t *testing.T) *bench {
@@ -51,8 +54,8 @@ func start(t *testing.T) *bench {
 	return b
 }
 
-// run starts the keeper; the returned func ends it and waits.
-func (b *bench) run() (stop func()) {
+// run starts the keeper.
+func (b *bench) run() {
 	b.Helper()
 	env, err := part.New(part.Header{Name: part.Keeper, Host: "vault", Paths: b.paths}, keeper.Brief{Reserve: 1}, slog.New(slog.NewTextHandler(testWriter{b.T}, nil)), nil)
 	if err != nil {
@@ -62,7 +65,7 @@ func (b *bench) run() (stop func()) {
 	done := make(chan error, 1)
 	go func() { done <- keeper.Run(ctx, env) }()
 	stopped := false
-	stop = func() {
+	b.stop = func() {
 		if stopped {
 			return
 		}
@@ -72,10 +75,10 @@ func (b *bench) run() (stop func()) {
 			b.Error(err)
 		}
 	}
-	b.Cleanup(stop)
+	b.Cleanup(b.stop)
 	for {
 		if _, err := os.Stat(b.paths.Socket(part.Keeper)); err == nil {
-			return stop
+			return
 		}
 		select {
 		case err := <-done:
@@ -318,5 +321,262 @@ func TestPushThroughTheKeeper(t *testing.T) {
 	}
 	if err := b.ask(keepercall.Attach, nil, nil); err == nil {
 		t.Error("an empty mount point was taken for the disk")
+	}
+}
+
+func TestWhoMayDoWhat(t *testing.T) {
+	b := start(t)
+	b.mount()
+	name := b.push("photos", repo{"a": "1"})
+	b.push("docs-2026", repo{"a": "1"})
+	restore := func(a *keepercall.Args) { a.Role, a.Key, a.Repositories = "restore", "laptop", nil }
+	tests := []struct {
+		name string
+		verb string
+		args keepercall.Args
+		want string // in the error; "" for none
+		code int
+	}{
+		{"another repository", keepercall.Offer, b.with(func(a *keepercall.Args) { a.Repository = "mail" }), "may not use", hint.ExitRefused},
+		{"../x", keepercall.Offer, b.with(func(a *keepercall.Args) { a.Repository = "../x" }), "repository name", hint.ExitUsage},
+		{"restore key offers", keepercall.Offer, b.with(func(a *keepercall.Args) { restore(a); a.Repository = "photos" }), "only a push key", hint.ExitRefused},
+		{"restore key commits", keepercall.Commit, b.with(func(a *keepercall.Args) { restore(a); a.Push = "photos/0123456789abcdef" }), "only a push key", hint.ExitRefused},
+		{"push key without repositories", keepercall.Generations, b.with(func(a *keepercall.Args) { a.Repositories = nil; a.Repository = "photos" }), "may not use", hint.ExitRefused},
+		{"commit of nothing", keepercall.Commit, b.with(func(a *keepercall.Args) { a.Push = "photos/0123456789abcdef" }), "not open", hint.ExitUnreachable},
+		{"commit of a foreign repository", keepercall.Commit, b.with(func(a *keepercall.Args) { a.Push = "mail/0123456789abcdef" }), "may not use", hint.ExitRefused},
+		{"commit of garbage", keepercall.Commit, b.with(func(a *keepercall.Args) { a.Push = "../../x" }), "not the id", hint.ExitUsage},
+		{"upload to nothing", keepercall.Upload, b.with(func(a *keepercall.Args) { a.Push = "photos/0123456789abcdef" }), "not open", hint.ExitUnreachable},
+		{"abort of nothing", keepercall.Abort, b.with(func(a *keepercall.Args) { a.Push = "photos/0123456789abcdef" }), "not open", hint.ExitUnreachable},
+		{"verify", keepercall.Verify, b.with(func(a *keepercall.Args) { restore(a); a.Repository, a.Generation = "photos", name }), "", 0},
+		{"verify of a foreign repository", keepercall.Verify, b.with(func(a *keepercall.Args) { a.Repository, a.Generation = "mail", name }), "may not use", hint.ExitRefused},
+		{"verify of ..", keepercall.Verify, b.with(func(a *keepercall.Args) { a.Repository, a.Generation = "photos", ".." }), "not a generation", hint.ExitFailure},
+		{"unknown verb", "delete", b.args, "no verb", hint.ExitUsage},
+		{"unknown verb in words", "expire", b.args, "no verb", hint.ExitUsage},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := b.open(tt.verb, tt.args)
+			c.CloseWrite()
+			_, err := line(c, nil)
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want) || hint.Code(err) != tt.code) {
+				t.Errorf("%v (code %d); want %q (code %d)", err, hint.Code(err), tt.want, tt.code)
+			}
+		})
+	}
+	listed := func(args keepercall.Args) (names []string) {
+		c := b.open(keepercall.Generations, args)
+		defer c.Close()
+		for {
+			var a keepercall.Answer
+			if err := c.ReadReply(&a); err != nil {
+				t.Fatal(err)
+			}
+			if a.Then == keepercall.ThenEnd {
+				return names
+			}
+			var g pushwire.Generation
+			if err := json.Unmarshal(a.Out, &g); err != nil {
+				t.Fatal(err)
+			}
+			names = append(names, g.Repository)
+		}
+	}
+	if got := listed(b.with(func(a *keepercall.Args) { a.Repositories = []string{"docs*"} })); !slices.Equal(got, []string{"docs-2026"}) {
+		t.Errorf("a push key sees %v", got)
+	}
+	if got := listed(b.with(restore)); !slices.Equal(got, []string{"docs-2026", "photos"}) {
+		t.Errorf("a restore key sees %v", got)
+	}
+}
+
+func TestHeartbeatsAreRefused(t *testing.T) {
+	b := start(t)
+	b.mount()
+	content := repo{"a": "1"}
+	b.push("photos", content)
+	_, o, _ := content.manifest(t)
+	truth := []pushwire.RepositoryDigest{{Name: "photos", Digest: o.Digest}}
+	tests := []struct {
+		name string
+		beat pushwire.Heartbeat
+		want string
+	}{
+		{"no repositories", pushwire.Heartbeat{Host: "home"}, "names no repository"},
+		{"unknown repository", pushwire.Heartbeat{Host: "home", Repositories: []pushwire.RepositoryDigest{{Name: "docs1", Digest: o.Digest}}}, "docs1 is not what"},
+		{"foreign repository", pushwire.Heartbeat{Host: "home", Repositories: []pushwire.RepositoryDigest{{Name: "mail", Digest: o.Digest}}}, "may not use"},
+		{"host ../x", pushwire.Heartbeat{Host: "../x", Repositories: truth}, "heartbeat of host"},
+	}
+	for _, tt := range tests {
+		if err := b.heartbeat(tt.beat); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v; want %q", tt.name, err, tt.want)
+		}
+	}
+	if err := b.heartbeat(pushwire.Heartbeat{Host: "home", Repositories: truth}); err != nil {
+		t.Fatal(err)
+	}
+	b.args.Key = "barn"
+	if err := b.heartbeat(pushwire.Heartbeat{Host: "home", Repositories: truth}); err == nil || !strings.Contains(err.Error(), "another key") {
+		t.Errorf("another key's heartbeat for the same host: %v", err)
+	}
+	for i := range 70 {
+		err := b.heartbeat(pushwire.Heartbeat{Host: fmt.Sprint("h", i), Repositories: truth})
+		if (err != nil) != (i >= 63) {
+			t.Fatalf("host %d: %v", i, err)
+		}
+	}
+}
+
+// What is known outlives the process, with the disk dark; a keeper that comes
+// back while the disk is mounted uses it by itself.
+func TestKeeperComesBack(t *testing.T) {
+	b := start(t)
+	b.mount()
+	content := repo{"a": "1"}
+	name := b.push("photos", content)
+	_, o, _ := content.manifest(t)
+	if err := b.heartbeat(pushwire.Heartbeat{Host: "home", Repositories: []pushwire.RepositoryDigest{{Name: "photos", Digest: o.Digest}}}); err != nil {
+		t.Fatal(err)
+	}
+	before := b.status()
+	b.stop()
+	if err := os.Remove(b.paths.Socket(part.Keeper)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	b.run()
+	b.wait("a status", func() bool { return !b.status().DiskReady })
+	after := b.status()
+	before.DiskReady, before.Updated, after.Updated = false, time.Time{}, time.Time{}
+	if diff := cmp.Diff(before, after); diff != "" {
+		t.Errorf("status changed (-before +after):\n%s", diff)
+	}
+	if err := status.Write(b.paths.Status(part.Disk), status.Disk{State: status.DiskMounted, Mounted: true}); err != nil {
+		t.Fatal(err)
+	}
+	b.wait("the disk", func() bool { return b.status().DiskReady })
+	if again := b.push("photos", content); again != name {
+		t.Errorf("after coming back the same push made %s", again)
+	}
+}
+
+// The disk is wanted back in the middle of an upload.
+func TestReleaseEndsWhatIsAtWork(t *testing.T) {
+	b := start(t)
+	b.mount()
+	old := repo{"a": "1"}
+	name := b.push("photos", old)
+	next := repo{"a": "1", "b": strings.Repeat("x", 1<<20), "c": "2"}
+	answer, need, err := b.offer("photos", next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := b.open(keepercall.Upload, b.with(func(a *keepercall.Args) { a.Push = answer.Push }))
+	e := recipe.NewEncoder(c)
+	_, _, contents := next.manifest(t)
+	for i := range need.All() {
+		h := manifest.NewHash()
+		io.WriteString(h, contents[i])
+		if err := errors.Join(e.File(i), second(io.WriteString(e, contents[i])), e.End(manifest.SumOf(h)), e.Flush()); err != nil {
+			t.Fatal(err)
+		}
+		break
+	}
+	b.wait("the first file", func() bool {
+		files, _ := os.ReadDir(filepath.Join(b.paths.Disk(), "incoming/photos/building"))
+		return len(files) == 1
+	})
+	begun := time.Now()
+	if err := b.ask(keepercall.Release, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begun); took > keeper.ReleaseTimeout {
+		t.Errorf("release took %v", took)
+	}
+	if _, err := line(c, nil); err == nil {
+		t.Error("the upload was said to be complete")
+	}
+	if err := unix.Mount("", b.paths.Disk(), "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Errorf("a file is still open for writing: %v", err)
+	}
+	if err := unix.Mount("", b.paths.Disk(), "", unix.MS_REMOUNT, "size=32m"); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := b.offer("photos", next); hint.Code(err) != hint.ExitUnreachable || !strings.Contains(hint.Of(err), "wake") {
+		t.Errorf("an offer after release: %v, hint %q", err, hint.Of(err))
+	}
+	if err := b.ask(keepercall.Attach, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if again := b.push("photos", old); again != name {
+		t.Errorf("the newest generation is %s", again)
+	}
+	b.push("photos", next)
+}
+
+func TestOnePushOfARepositoryAtATime(t *testing.T) {
+	b := start(t)
+	b.mount()
+	first, second := repo{"a": "1"}, repo{"b": "2"}
+	answer, need, err := b.offer("photos", first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The same key may begin anew between verbs: its line was cut.
+	again, _, err := b.offer("photos", first)
+	if err != nil || again.Push != answer.Push {
+		t.Errorf("the same offer again: %+v, %v", again, err)
+	}
+	// Another key may not.
+	b.args.Key = "barn"
+	if _, _, err := b.offer("photos", second); hint.Code(err) != hint.ExitUnreachable || !strings.Contains(err.Error(), "under way") {
+		t.Errorf("another key's push: %v", err)
+	}
+	if _, err := b.commit(answer.Push); err == nil {
+		t.Error("another key committed the push")
+	}
+	b.args.Key = "home"
+	// While an upload runs nobody may begin.
+	c := b.open(keepercall.Upload, b.with(func(a *keepercall.Args) { a.Push = answer.Push }))
+	e := recipe.NewEncoder(c)
+	if err := errors.Join(e.File(0), e.Flush()); err != nil {
+		t.Fatal(err)
+	}
+	b.wait("the upload to run", func() bool {
+		_, _, err := b.offer("photos", second)
+		return err != nil && strings.Contains(err.Error(), "under way")
+	})
+	c.Close()
+	b.wait("the cut upload to end", func() bool {
+		answer, need, err = b.offer("photos", first)
+		return err == nil
+	})
+	if err := b.upload(answer.Push, first, need); err != nil {
+		t.Fatal(err)
+	}
+	done, err := b.commit(answer.Push)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The answer was lost on the way; the pusher asks again.
+	if twice, err := b.commit(answer.Push); err != nil || twice != done {
+		t.Errorf("the commit repeated: %+v, %v; want %+v", twice, err, done)
+	}
+}
+
+func TestFullDiskIsRefusedWithNumbers(t *testing.T) {
+	b := start(t)
+	b.mount()
+	_, _, err := b.offer("photos", repo{"big": strings.Repeat("x", 40<<20)})
+	if hint.Code(err) != hint.ExitRefused || !strings.Contains(err.Error(), "41") || !strings.Contains(err.Error(), "free") {
+		t.Errorf("%v (code %d)", err, hint.Code(err))
+	}
+}
+
+// wait waits for what another process or goroutine brings about.
+func (b *bench) wait(what string, there func() bool) {
+	b.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !there(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			b.Fatal("waited in vain for ", what)
+		}
 	}
 }

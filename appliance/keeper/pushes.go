@@ -41,6 +41,23 @@ func (p *push) touch() { p.progress.Store(int64(time.Since(p.born))) }
 
 func (p *push) silent() time.Duration { return time.Since(p.born) - time.Duration(p.progress.Load()) }
 
+// settle is how long a verb waits for the one before it to end: a peer may have
+// read its answer before this side was done with it.
+const settle = time.Second
+
+// await waits until the verb that is busy with p ended, limit at most.
+func await(ctx context.Context, ended <-chan struct{}, limit time.Duration) bool {
+	t := time.NewTimer(limit)
+	defer t.Stop()
+	select {
+	case <-ended:
+		return true
+	case <-ctx.Done():
+	case <-t.C:
+	}
+	return false
+}
+
 var errTaken = errors.New("a newer attempt at the same repository took over")
 
 // claim makes the repository's push for an offer. One that was left by the same
@@ -66,18 +83,14 @@ func (c *call) claim(ctx context.Context, repository string, cancel context.Canc
 			old.tx.Close()
 			continue
 		}
-		if old.key != c.args.Key || old.silent() < TakeoverAfter {
-			c.mu.Unlock()
-			return nil, busy(repository)
+		limit := settle
+		if old.key == c.args.Key && old.silent() >= TakeoverAfter {
+			old.cancel(errTaken)
+			limit = TakeoverAfter
 		}
-		old.cancel(errTaken)
 		ended := old.ended
 		c.mu.Unlock()
-		select {
-		case <-ended:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		case <-time.After(TakeoverAfter):
+		if !await(ctx, ended, limit) {
 			return nil, busy(repository)
 		}
 	}
@@ -88,7 +101,7 @@ func busy(repository string) error {
 }
 
 // use finds the push of that id and makes it busy for a verb.
-func (c *call) use(id string, cancel context.CancelCauseFunc) (*push, error) {
+func (c *call) use(ctx context.Context, id string, cancel context.CancelCauseFunc) (*push, error) {
 	repository, err := generations.PushRepository(id)
 	if err != nil {
 		return nil, hint.Exit(hint.ExitUsage, err)
@@ -96,18 +109,25 @@ func (c *call) use(id string, cancel context.CancelCauseFunc) (*push, error) {
 	if err := c.allowed(repository); err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	p := c.pushes[repository]
-	if p == nil || p.tx == nil || p.tx.ID() != id || p.key != c.args.Key {
-		return nil, hint.Exit(hint.ExitUnreachable, hint.Because(fmt.Errorf("push %s is not open", id), "offer it again: what was uploaded is kept"))
+	for {
+		c.mu.Lock()
+		p := c.pushes[repository]
+		if p == nil || p.tx == nil || p.tx.ID() != id || p.key != c.args.Key {
+			c.mu.Unlock()
+			return nil, hint.Exit(hint.ExitUnreachable, hint.Because(fmt.Errorf("push %s is not open", id), "offer it again: what was uploaded is kept"))
+		}
+		if !p.busy {
+			p.busy, p.cancel, p.ended = true, cancel, make(chan struct{})
+			p.touch()
+			c.mu.Unlock()
+			return p, nil
+		}
+		ended := p.ended
+		c.mu.Unlock()
+		if !await(ctx, ended, settle) {
+			return nil, busy(repository)
+		}
 	}
-	if p.busy {
-		return nil, busy(repository)
-	}
-	p.busy, p.cancel, p.ended = true, cancel, make(chan struct{})
-	p.touch()
-	return p, nil
 }
 
 // done ends a verb's use of a push. Without keep the repository is free again.
@@ -209,7 +229,7 @@ func upload(ctx context.Context, c *call) error {
 	defer leave()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	p, err := c.use(c.args.Push, cancel)
+	p, err := c.use(ctx, c.args.Push, cancel)
 	if err != nil {
 		return err
 	}
@@ -236,7 +256,7 @@ func commit(ctx context.Context, c *call) error {
 	defer leave()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	p, err := c.use(c.args.Push, cancel)
+	p, err := c.use(ctx, c.args.Push, cancel)
 	if err != nil {
 		// A commit whose answer was lost is asked for again.
 		if g, ok := store.Committed(c.args.Push); ok && c.sees(g.Repository) && g.Pusher == c.args.Key {
@@ -296,7 +316,7 @@ func abort(ctx context.Context, c *call) error {
 	defer leave()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	p, err := c.use(c.args.Push, cancel)
+	p, err := c.use(ctx, c.args.Push, cancel)
 	if err != nil {
 		return err
 	}

@@ -178,7 +178,7 @@ func verify(ctx context.Context, c *call) error {
 	select {
 	case c.verifying <- struct{}{}:
 		defer func() { <-c.verifying }()
-	default:
+	case <-time.After(settle):
 		return hint.Exit(hint.ExitUnreachable, hint.Because(errors.New("another generation is being verified"), "wait for it: two at once are slower than one after the other"))
 	}
 	// A verify takes hours. Lines without content find out whether the peer is

@@ -331,7 +331,7 @@ func (a *assembly) share(top *level, name string, e *manifest.Entry) error {
 		return a.copy(old, top.dir, name, name, perm, e)
 	}
 	if errors.Is(err, unix.EPERM) {
-		err = hint.Because(err, "files of this disk belong to another user: see \"disk adopt\" in docs/operations.md")
+		err = hint.Because(err, "the disk's files belong to another user, and this system protects hard links (fs.protected_hardlinks): as root, give the folder generations to the user that owns the disk's top folder, with chown -R")
 	}
 	return err
 }
