@@ -130,6 +130,9 @@ func (j *judge) view(b *strings.Builder) {
 			add("repository", "%s: %d generations, changed %s", line(r.Name), r.Generations, stamp(r.ChangedAt))
 		}
 	}
+	if m := j.see.Mail; m != nil && m.LastError != "" {
+		add("mail", "the last trouble was: %s", line(m.LastError))
+	}
 	table(b, facts)
 }
 

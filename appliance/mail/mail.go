@@ -128,7 +128,8 @@ func (c *courier) step(ctx context.Context) error {
 	waiting, err := outbox.List(c.env.Paths.Outbox())
 	if err != nil {
 		c.fail(err)
-		return c.tell()
+		c.tell()
+		return nil
 	}
 	c.forget(waiting)
 	c.status.Queued = len(waiting) - len(c.sent)
@@ -140,7 +141,8 @@ func (c *courier) step(ctx context.Context) error {
 		}()
 		return nil
 	}
-	return c.tell()
+	c.tell()
+	return nil
 }
 
 // forget drops what is known of mails that the outbox's owner has removed.
@@ -299,17 +301,17 @@ func clean(err error) string {
 }
 
 // tell writes the status file if there is something new to tell.
-func (c *courier) tell() error {
+func (c *courier) tell() {
 	now := c.env.Now()
 	s := c.status
 	s.Updated = c.written.Updated
 	if reflect.DeepEqual(s, c.written) && now.Sub(c.written.Updated).Abs() < rewriteInterval {
-		return nil
+		return
 	}
 	s.Updated = now
 	if err := status.Write(c.env.Paths.Status(part.Mail), s); err != nil {
-		return err
+		c.env.Log.Error("status", "err", err)
+		return
 	}
 	c.written = s
-	return nil
 }

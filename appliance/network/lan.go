@@ -85,6 +85,9 @@ func watchLinks(ctx context.Context, log *slog.Logger) <-chan struct{} {
 // reconcile brings every wired link up, starts a worker on each that has a
 // carrier and ends those of links that lost it.
 func (l *lan) reconcile(ctx context.Context) error {
+	l.mu.Lock()
+	l.writeResolvers() // at the first time; a network without DHCP needs names too
+	l.mu.Unlock()
 	all, err := netlink.LinkList()
 	if err != nil {
 		return fmt.Errorf("list the links: %w", err)
@@ -138,7 +141,16 @@ func (l *lan) reconcileOne(ctx context.Context, link netlink.Link) error {
 	l.log.Info("carrier", "interface", a.Name, "carrier", carrier)
 	w.end()
 	if !carrier {
-		return nil // the address stays: the cable may come back, and the lease is still ours
+		// The address stays: the cable may come back, and the lease is still ours.
+		// The route goes: another link may be a way out.
+		l.mu.Lock()
+		lease, had := l.leases[a.Index]
+		l.mu.Unlock()
+		if !had {
+			return nil
+		}
+		lease.Gateway = netip.Addr{}
+		return route(link, lease)
 	}
 	if fixed := l.brief.Network.Address; fixed.IsValid() {
 		if l.fixedElsewhere(a.Index) {

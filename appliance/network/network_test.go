@@ -162,6 +162,7 @@ func TestCableAndLease(t *testing.T) {
 	// The cable is pulled: the address stays. It comes back in another network.
 	down(t, far)
 	eventually(t, "no carrier", func() bool { return nettest.Link(t, "eth0").Attrs().RawFlags&unix.IFF_LOWER_UP == 0 })
+	eventually(t, "no route by a dead link", func() bool { return gateway(t) == "" })
 	if !has("eth0", "192.0.2.50/24")() {
 		t.Errorf("without a cable the addresses are %v", addresses("eth0"))
 	}
@@ -223,6 +224,46 @@ func TestFixedAddress(t *testing.T) {
 	eventually(t, "the resolver", func() bool { return strings.HasPrefix(content(resolv), "nameserver 2001:db8::53\n") })
 	if found, err := netlink.AddrList(near, netlink.FAMILY_V4); err != nil || found[0].ValidLft != 0xffffffff && found[0].ValidLft != -1 && found[0].ValidLft != 0 {
 		t.Errorf("a fixed address ends after %d s, %v", found[0].ValidLft, err)
+	}
+}
+
+func TestApplyAndRemove(t *testing.T) {
+	near, far := nettest.Veth(t, "eth0", "far0")
+	nettest.Up(t, near, "")
+	nettest.Up(t, far, "")
+	l := newLAN(Brief{}, "/sys", filepath.Join(t.TempDir(), "resolv.conf"), slog.New(slog.DiscardHandler))
+	changes := 0
+	l.changed = func() { changes++ }
+	prefix := netip.MustParsePrefix
+	for _, tt := range []struct {
+		name  string
+		lease dhcp.Lease
+		gw    string
+		news  bool
+	}{
+		{"first", dhcp.Lease{Address: prefix("192.0.2.50/24"), Gateway: netip.MustParseAddr("192.0.2.1"), Valid: time.Hour}, "192.0.2.1", true},
+		{"renewed", dhcp.Lease{Address: prefix("192.0.2.50/24"), Gateway: netip.MustParseAddr("192.0.2.1"), Valid: 2 * time.Hour}, "192.0.2.1", false},
+		{"another address of the same network", dhcp.Lease{Address: prefix("192.0.2.51/24"), Gateway: netip.MustParseAddr("192.0.2.1"), Valid: time.Hour}, "192.0.2.1", true},
+		{"another gateway", dhcp.Lease{Address: prefix("192.0.2.51/24"), Gateway: netip.MustParseAddr("192.0.2.2"), Valid: time.Hour}, "192.0.2.2", true},
+		{"one address, and a gateway elsewhere", dhcp.Lease{Address: prefix("203.0.113.7/32"), Gateway: netip.MustParseAddr("198.51.100.1"), Valid: time.Hour}, "198.51.100.1", true},
+		{"no gateway", dhcp.Lease{Address: prefix("192.0.2.51/24"), Valid: time.Hour}, "", true},
+	} {
+		before := changes
+		if err := l.apply(near, tt.lease); err != nil {
+			t.Fatalf("%s: %v", tt.name, err)
+		}
+		if got := addresses("eth0"); !slices.Equal(got, []string{tt.lease.Address.String()}) || gateway(t) != tt.gw || (changes != before) != tt.news {
+			t.Errorf("%s: addresses %v, gateway %s, news %v", tt.name, got, gateway(t), changes != before)
+		}
+	}
+	last := dhcp.Lease{Address: prefix("192.0.2.51/24"), Gateway: netip.MustParseAddr("192.0.2.1")}
+	if err := l.apply(near, last); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time the kernel was faster
+		if err := remove(near, last); err != nil || len(addresses("eth0")) != 0 || gateway(t) != "" {
+			t.Errorf("%v; addresses %v, gateway %s", err, addresses("eth0"), gateway(t))
+		}
 	}
 }
 

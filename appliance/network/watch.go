@@ -52,7 +52,10 @@ func (w *watcher) step(context.Context) error {
 	}
 	s.ClockSet, s.ClockSource = w.clock()
 	s.Undervoltage = undervoltage("/sys")
-	return publish(w.env, &w.written, s)
+	if err := publish(w.env, &w.written, s); err != nil {
+		w.env.Log.Error("status", "err", err)
+	}
+	return nil
 }
 
 // clock believes the system: the kernel knows whether something synchronises
