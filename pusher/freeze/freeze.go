@@ -72,6 +72,7 @@ type Freeze struct {
 	Locked time.Duration
 
 	repository string
+	dir        *os.Root // the repository: no symbolic link in it leads out
 	opt        borglock.Options
 	log        *slog.Logger
 	folder     *os.File // flocked; nil when Held
@@ -100,8 +101,11 @@ func Take(ctx context.Context, repository string, opt borglock.Options) (*Freeze
 	return f, nil
 }
 
-func (f *Freeze) take(ctx context.Context) error {
-	err := f.open()
+func (f *Freeze) take(ctx context.Context) (err error) {
+	if f.dir, err = os.OpenRoot(f.repository); err != nil {
+		return err
+	}
+	err = f.open()
 	if err == nil {
 		// The first look: what is there now will mostly be there under the lock. A
 		// segment of a transaction that is not committed yet may come along; the
@@ -211,13 +215,13 @@ func indexNames(transaction int64) []string {
 // open makes the freeze's folder, new and empty.
 func (f *Freeze) open() error {
 	f.Root = filepath.Join(f.repository, Folder)
-	if err := os.Mkdir(f.Root, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := f.dir.Mkdir(Folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		if errors.Is(err, fs.ErrPermission) && !errors.Is(err, unix.EPERM) {
 			return hint.Because(err, "borg's lock and the freeze need write access to the repository: run the pusher as root, or as the repository's owner")
 		}
 		return err
 	}
-	d, err := os.OpenFile(f.Root, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	d, err := f.dir.OpenFile(Folder, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
@@ -231,7 +235,7 @@ func (f *Freeze) open() error {
 	if err := d.Chmod(0o700); err != nil {
 		return err
 	}
-	left, err := empty(f.Root)
+	left, err := f.empty()
 	if err != nil {
 		return err
 	}
@@ -255,7 +259,7 @@ func (f *Freeze) link(ctx context.Context, segments []segment, strict bool) erro
 	// What was linked and is gone, or has become another file, goes first.
 	for name := range f.was {
 		if !want[name] {
-			if err := os.Remove(filepath.Join(f.Root, name)); err != nil {
+			if err := f.dir.Remove(filepath.Join(Folder, name)); err != nil {
 				return err
 			}
 			delete(f.was, name)
@@ -278,36 +282,36 @@ func (f *Freeze) link(ctx context.Context, segments []segment, strict bool) erro
 // linkOne links one file, unless that is done already, and notes its change time
 // from before. info may be nil.
 func (f *Freeze) linkOne(name string, info fs.FileInfo) error {
-	from, to := filepath.Join(f.repository, name), filepath.Join(f.Root, name)
+	to := filepath.Join(Folder, name)
 	if info == nil {
 		var err error
-		if info, err = os.Lstat(from); err != nil {
+		if info, err = f.dir.Lstat(name); err != nil {
 			return err
 		}
 	}
 	if !info.Mode().IsRegular() {
-		return fmt.Errorf("%w: %s is not a regular file", ErrDamaged, from)
+		return fmt.Errorf("%w: %s is not a regular file", ErrDamaged, name)
 	}
 	if _, done := f.was[name]; done {
-		have, err := os.Lstat(to)
+		have, err := f.dir.Lstat(to)
 		if err != nil {
 			return err
 		}
 		if os.SameFile(have, info) {
 			return nil
 		}
-		if err := os.Remove(to); err != nil {
+		if err := f.dir.Remove(to); err != nil {
 			return err
 		}
 		delete(f.was, name)
 	}
 	inode, changed := inodeOf(info)
-	err := os.Link(from, to)
+	err := f.dir.Link(name, to)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := f.makeFolder(filepath.Dir(name)); err != nil {
 			return err
 		}
-		err = os.Link(from, to)
+		err = f.dir.Link(name, to)
 	}
 	if err != nil {
 		return err
@@ -327,22 +331,22 @@ func (f *Freeze) makeFolder(name string) error {
 	if err := f.makeFolder(filepath.Dir(name)); err != nil {
 		return err
 	}
-	info, err := os.Lstat(filepath.Join(f.repository, name))
+	info, err := f.dir.Lstat(name)
 	if err != nil {
 		return err
 	}
-	to := filepath.Join(f.Root, name)
-	if err := os.Mkdir(to, 0o700); err != nil {
+	to := filepath.Join(Folder, name)
+	if err := f.dir.Mkdir(to, 0o700); err != nil {
 		if errors.Is(err, fs.ErrExist) {
 			return nil
 		}
 		return err
 	}
-	return os.Chmod(to, info.Mode()&permissions|0o700)
+	return f.dir.Chmod(to, info.Mode()&permissions|0o700)
 }
 
 func (f *Freeze) copySmall(name string) error {
-	in, err := os.OpenFile(filepath.Join(f.repository, name), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	in, err := f.dir.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -357,8 +361,8 @@ func (f *Freeze) copySmall(name string) error {
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%w: %s is not a regular file", ErrDamaged, in.Name())
 	}
-	to := filepath.Join(f.Root, name)
-	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	to := filepath.Join(Folder, name)
+	out, err := f.dir.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
@@ -376,7 +380,7 @@ func (f *Freeze) copySmall(name string) error {
 	if err := out.Close(); err != nil {
 		return err
 	}
-	return os.Chtimes(to, time.Time{}, info.ModTime())
+	return f.dir.Chtimes(to, time.Time{}, info.ModTime())
 }
 
 // impossible reports whether err says that there can be no hard links here.
@@ -401,7 +405,7 @@ func (f *Freeze) hold(ctx context.Context, why error) error {
 	case errors.Is(err, borglock.ErrReadOnly):
 		// Nobody on this host can write. Another host may, if this is its file
 		// system; Check finds that out.
-		if _, err := os.Lstat(filepath.Join(f.repository, "lock.exclusive")); err == nil {
+		if _, err := f.dir.Lstat("lock.exclusive"); err == nil {
 			return fmt.Errorf("the file system is read-only here, and another host writes to the repository")
 		}
 		f.Why = "the file system is read-only"
@@ -462,13 +466,17 @@ func (f *Freeze) Thaw() (map[string]Times, error) {
 	}
 	moved := map[string]Times{}
 	if f.folder != nil {
-		left, gone := empty(f.Root)
+		left, gone := f.empty()
 		for _, l := range left {
 			if _, linked := f.was[l.name]; linked {
 				moved[l.name] = l.Times
 			}
 		}
 		err = errors.Join(err, gone, f.remove())
+	}
+	if f.dir != nil {
+		err = errors.Join(err, f.dir.Close())
+		f.dir = nil
 	}
 	if err != nil {
 		err = fmt.Errorf("thaw %s: %w", f.repository, err)
@@ -480,9 +488,9 @@ func (f *Freeze) remove() error {
 	if f.folder == nil {
 		return nil
 	}
-	_, err := empty(f.Root)
+	_, err := f.empty()
 	if err == nil {
-		err = os.Remove(f.Root)
+		err = f.dir.Remove(Folder)
 	}
 	// Only now: whoever waits for the flock must not find half a freeze.
 	f.folder.Close()
@@ -497,27 +505,26 @@ type removed struct {
 	Times
 }
 
-// empty removes everything below root and returns the files. It does not follow
-// symbolic links.
-func empty(root string) ([]removed, error) {
+// empty removes everything in the freeze's folder and returns the files.
+func (f *Freeze) empty() ([]removed, error) {
 	var files []removed
 	var folders []string
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+	err := fs.WalkDir(f.dir.FS(), Folder, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
 		if d.IsDir() {
-			if path != root {
+			if path != Folder {
 				folders = append(folders, path)
-				return os.Chmod(path, 0o700)
+				return f.dir.Chmod(path, 0o700)
 			}
 			return nil
 		}
-		r, err := unlink(path)
+		r, err := f.unlink(path)
 		if err != nil {
 			return err
 		}
-		r.name = strings.TrimPrefix(path, root+"/")
+		r.name = strings.TrimPrefix(path, Folder+"/")
 		files = append(files, r)
 		return nil
 	})
@@ -525,29 +532,33 @@ func empty(root string) ([]removed, error) {
 		return files, err
 	}
 	for _, path := range slices.Backward(folders) {
-		if err := os.Remove(path); err != nil {
+		if err := f.dir.Remove(path); err != nil {
 			return files, err
 		}
 	}
 	return files, nil
 }
 
-// unlink removes a file and looks at its inode before and after.
-func unlink(path string) (removed, error) {
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+// unlink removes a file and looks at its inode before and after. A file that
+// cannot be opened is removed without a look.
+func (f *Freeze) unlink(path string) (r removed, err error) {
+	file, err := f.dir.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return removed{}, &fs.PathError{Op: "open", Path: path, Err: err}
+		return r, f.dir.Remove(path)
 	}
-	defer unix.Close(fd)
-	var before, after unix.Stat_t
-	if err := unix.Fstat(fd, &before); err != nil {
-		return removed{}, &fs.PathError{Op: "stat", Path: path, Err: err}
+	defer file.Close()
+	before, err := file.Stat()
+	if err != nil {
+		return r, err
 	}
-	if err := os.Remove(path); err != nil {
-		return removed{}, err
+	if err := f.dir.Remove(path); err != nil {
+		return r, err
 	}
-	if err := unix.Fstat(fd, &after); err != nil {
-		return removed{}, &fs.PathError{Op: "stat", Path: path, Err: err}
+	after, err := file.Stat()
+	if err != nil {
+		return r, err
 	}
-	return removed{inode: before.Ino, Times: Times{before.Ctim.Nano(), after.Ctim.Nano()}}, nil
+	r.inode, r.Before = inodeOf(before)
+	_, r.After = inodeOf(after)
+	return r, nil
 }

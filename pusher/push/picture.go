@@ -146,6 +146,7 @@ func (p *Push) list(ctx context.Context, r repository.Repository, root string, o
 		l.remove()
 		return nil, err
 	}
+	p.Log.Info("listed", "repository", r.Name, "files", l.Files, "bytes", l.Bytes, "files_read", l.Hashed, "bytes_read", l.HashedBytes)
 	if s := l.Skipped; s.Count > 0 {
 		p.Log.Warn("not mirrored: no generation can hold them", "repository", r.Name, "count", s.Count, "first", s.First, "kind", s.Kind)
 	}

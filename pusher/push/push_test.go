@@ -30,6 +30,9 @@ import (
 	"farkeep/shared/site"
 )
 
+// small are the files of a Borg repository that are copied, not linked.
+var small = []string{"README", "config", "nonce"}
+
 // bench is a home with a folder of Borg repositories, and targets.
 type bench struct {
 	t       *testing.T
@@ -39,10 +42,12 @@ type bench struct {
 	memory  *repository.Memory
 	targets []target.Target
 	log     *slog.Logger
+	said    *strings.Builder // what was logged
 }
 
 func newBench(t *testing.T) *bench {
-	b := &bench{t: t, repos: t.TempDir(), state: t.TempDir(), log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}
+	b := &bench{t: t, repos: t.TempDir(), state: t.TempDir(), said: &strings.Builder{}}
+	b.log = slog.New(slog.NewTextHandler(io.MultiWriter(testWriter{t}, b.said), nil))
 	b.site = &site.Site{Folders: []site.Folder{{Path: b.repos}}}
 	state, err := Open(b.state, time.Now())
 	if err != nil {
@@ -153,7 +158,15 @@ func TestBorgToDirectory(t *testing.T) {
 
 			// Nothing changed: nothing is sent, the generation is confirmed, and, because
 			// the cache follows the change times that freezing moves, nothing is read.
+			b.said.Reset()
 			same := b.mustPush()
+			read := -1
+			if i := strings.Index(b.said.String(), "files_read="); i >= 0 {
+				fmt.Sscanf(b.said.String()[i:], "files_read=%d", &read)
+			}
+			if read < 0 || read > len(small) {
+				t.Errorf("%d files were read again; only the %d that are copied need be", read, len(small))
+			}
 			for _, o := range same.Outcomes {
 				if o.New || o.Files != 0 || o.Bytes != 0 || o.Generation == "" {
 					t.Errorf("unchanged repository: %+v", o)
