@@ -69,6 +69,7 @@ type Cast struct {
 	Relay    emulate.Relay
 	Window   string                   // length of its daily window, for instance "24h"; "" for none
 	Settings func(text string) string // a last change to site.toml's text; nil for none
+	Forward  []emulate.Forward        // ports of its LAN side, made reachable for attacks
 }
 
 // Appliance is one emulated appliance.
@@ -104,6 +105,12 @@ func New(ctx context.Context, o Options) (_ *Stage, err error) {
 			s.Close()
 		}
 	}()
+	// Where a package's installation would have made them.
+	for _, program := range []string{"keyserver", "pusher"} {
+		if err := os.MkdirAll(s.StateDir(program), 0o700); err != nil {
+			return nil, err
+		}
+	}
 	for range clocks {
 		clock, err := ntpserver.Listen("127.0.0.1:0", nil)
 		if err != nil {
