@@ -40,7 +40,7 @@ const (
 
 // fixture is a key server with two appliances, attic and shed.
 type fixture struct {
-	t        *testing.T
+	t        testing.TB
 	dir      string // the state folder
 	keysDir  string
 	site     *site.Site
@@ -87,7 +87,7 @@ func (f *fixture) advance(d time.Duration) {
 	f.now = f.now.Add(d)
 }
 
-func prepare(t *testing.T) *fixture {
+func prepare(t testing.TB) *fixture {
 	t.Helper()
 	f := &fixture{t: t, dir: t.TempDir(), log: &logBuffer{}, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
 	f.keysDir = filepath.Join(t.TempDir(), "keys")
@@ -439,7 +439,7 @@ func TestConcurrentRequestsAreCountedOneByOne(t *testing.T) {
 // address cannot take them all.
 func TestConnectionsAreBounded(t *testing.T) {
 	f := prepare(t)
-	f.start(sshverb.Limits{Handshake: 500 * time.Millisecond})
+	f.start(sshverb.Limits{Handshake: 2 * time.Second})
 	var open []net.Conn
 	for range 40 {
 		conn, err := net.Dial("tcp", f.address)
@@ -527,4 +527,35 @@ func TestOpenSSH(t *testing.T) {
 		t.Errorf("revoked: exit %d, %d bytes, %q", code, len(out), diag)
 	}
 	f.silentAboutKeys()
+}
+
+// BenchmarkKey is one appliance's opening: connection, handshake, decision,
+// history and audit record on the disk, key.
+func BenchmarkKey(b *testing.B) {
+	f := prepare(b)
+	f.site.Appliances[0].KeyPolicy.KeysPerDay = 48
+	f.start(sshverb.Limits{})
+	for b.Loop() {
+		if out, err := f.ask(f.attic, "key "+atticDisk); err != nil || !bytes.Equal(out, f.key) {
+			b.Fatal(err)
+		}
+		f.advance(time.Hour)
+	}
+}
+
+// BenchmarkKeysAtOnce is what comes back together after a power cut.
+func BenchmarkKeysAtOnce(b *testing.B) {
+	f := prepare(b)
+	f.site.Appliances[0].KeyPolicy.KeysPerDay = 1 << 30
+	f.start(sshverb.Limits{})
+	b.SetParallelism(4)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
+				b.Error(err)
+				return
+			}
+			f.advance(time.Hour)
+		}
+	})
 }
