@@ -25,6 +25,7 @@ import (
 func (d *show) push(ctx context.Context, what, target string) error {
 	return d.step(what, func() error {
 		out, err := d.s.Push(ctx, "--target", target)
+		d.lastPush = time.Now()
 		if err == nil {
 			d.say("%s", out)
 		}
@@ -192,7 +193,7 @@ func (d *show) outside(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	generations, err := filepath.Glob(filepath.Join(d.dir, "outside", "generations", "media", "*"))
+	generations, err := filepath.Glob(filepath.Join(d.dir, "outside", "generations", "media", "*-*Z"))
 	if err != nil || len(generations) != 1 {
 		return fmt.Errorf("generations of media on the disk: %v, %v", generations, err)
 	}

@@ -39,8 +39,10 @@ type show struct {
 	s     *stage.Stage
 	vault *stage.Appliance // the Raspberry Pi 3B, slow and with no clock
 	barn  *stage.Appliance // the generic machine, for bulk data
-	notes *borg            // small, on both
-	media *borg            // large, on the barn
+
+	lastPush time.Time
+	notes    *borg // small, on both
+	media    *borg // large, on the barn
 }
 
 // Run shows it. The error says which step did not hold.
@@ -81,7 +83,7 @@ func Run(ctx context.Context, o Options) (err error) {
 			fmt.Fprintf(o.Out, "\nIt did not hold. Everything that was printed is in %s\n", log.Name())
 		}
 	}()
-	for _, act := range []func(context.Context) error{d.prepare, d.firstPush, d.secondPush, d.powerCut, d.restore, d.bulk, d.silence, d.revoke, d.search} {
+	for _, act := range []func(context.Context) error{d.prepare, d.firstPush, d.secondPush, d.powerCut, d.restore, d.silence, d.revoke, d.bulk, d.search} {
 		if err := act(ctx); err != nil {
 			return err
 		}
@@ -106,7 +108,7 @@ func (d *show) prepare(ctx context.Context) error {
 		if d.media, err = newBorg(ctx, d.s, d.dir, "media"); err != nil {
 			return err
 		}
-		if err := errors.Join(d.notes.write("first", 10, 20_000), d.media.write("first", 24, 4<<20)); err != nil {
+		if err := errors.Join(d.notes.write("first", 10, 20_000), d.media.write("first", 12, 4<<20)); err != nil {
 			return err
 		}
 		if err := d.notes.create(ctx, "monday"); err != nil {
@@ -324,69 +326,22 @@ func (d *show) restore(ctx context.Context) error {
 	return d.checkBorg(ctx, "borg check --verify-data it, extract it, compare it with the source", d.notes, copied)
 }
 
-func (d *show) bulk(ctx context.Context) error {
-	d.chapter("6. A larger repository, on the generic machine")
-	if err := d.step("switch the Pi off and the generic machine on", func() error {
-		// Two emulated machines at once would starve each other on a small host.
-		if err := d.vault.CutPower(); err != nil {
-			return err
-		}
-		if _, err := d.s.Run(ctx, "farkeep-image", "site", "add", "repository", "media", d.media.path, "--dir", d.s.Site); err != nil {
-			return err
-		}
-		return d.barn.Boot(ctx)
-	}); err != nil {
-		return err
-	}
-	if err := d.step("its disk is dark until somebody wakes it", func() error {
-		s, err := d.barn.Await(ctx, "up", func(pushwire.Status) bool { return true })
-		if err == nil && (s.Disk.Power || d.barn.Pi.DiskAttached()) {
-			err = fmt.Errorf("the disk has power: %+v", s.Disk)
-		}
-		return err
-	}); err != nil {
-		return err
-	}
-	if err := d.push(ctx, "push both repositories: the push wakes the disk", "barn"); err != nil {
-		return err
-	}
-	if err := d.step("sleep: unmount, lock, cut the disk's power", func() error {
-		if _, err := d.barn.SSH(ctx, "home/pusher/ssh_key", "sleep"); err != nil {
-			return err
-		}
-		return within(ctx, time.Minute, func(ctx context.Context) error { return d.barn.Pi.WaitDisk(ctx, false) })
-	}); err != nil {
-		return err
-	}
-	if err := d.step("switch it off; open its disk without it, with the recovery key", func() error {
-		if err := d.barn.CutPower(); err != nil {
-			return err
-		}
-		return nil
-	}); err != nil {
-		return err
-	}
-	return d.outside(ctx)
-}
-
 func (d *show) silence(ctx context.Context) error {
-	d.chapter("7. Home falls silent")
-	if err := d.step("switch the Pi on again; nobody pushes any more", func() error { return d.vault.Boot(ctx) }); err != nil {
-		return err
-	}
-	return d.step("it raises the alarm by its own path", func() error {
-		m, err := d.mail(ctx, 5*time.Minute, time.Now(), func(m mailsink.Message) bool {
+	d.chapter("6. Home falls silent")
+	return d.step("nobody pushes any more; the Pi raises the alarm by its own path", func() error {
+		m, err := d.mail(ctx, 5*time.Minute, d.lastPush, func(m mailsink.Message) bool {
 			return strings.HasPrefix(m.Subject(), "[WATCHDOG]") && strings.Contains(m.Subject(), "heartbeat STALE")
 		})
 		if err == nil {
-			d.say("%s", m.Data)
+			_, text, _ := strings.Cut(strings.ReplaceAll(string(m.Data), "\r", ""), "\n\n")
+			d.say("Subject: %s\n\n%s", m.Subject(), text)
 		}
 		return err
 	})
 }
 
 func (d *show) revoke(ctx context.Context) error {
-	d.chapter("8. The Pi is stolen")
+	d.chapter("7. The Pi is stolen")
 	if err := d.step("revoke it at the key server", func() error {
 		args := append([]string{"revoke", "vault", "--reason", "stolen"}, d.s.KeyServerFlags()...)
 		_, err := d.s.Run(ctx, "farkeep-keyserver", args...)
@@ -425,4 +380,44 @@ func (d *show) revoke(ctx context.Context) error {
 		d.say("%s: %s", s.Disk.State, s.Disk.Error)
 		return within(ctx, 3*time.Minute, func(ctx context.Context) error { return d.vault.Pi.WaitDisk(ctx, false) })
 	})
+}
+
+func (d *show) bulk(ctx context.Context) error {
+	d.chapter("8. A larger repository, on a generic machine")
+	if err := d.step("switch the Pi off and the generic machine on", func() error {
+		// Two emulated machines at once would starve each other on a small host.
+		if err := d.vault.CutPower(); err != nil {
+			return err
+		}
+		if _, err := d.s.Run(ctx, "farkeep-image", "site", "add", "repository", "media", d.media.path, "--dir", d.s.Site); err != nil {
+			return err
+		}
+		return d.barn.Boot(ctx)
+	}); err != nil {
+		return err
+	}
+	if err := d.step("its disk is dark until somebody wakes it", func() error {
+		s, err := d.barn.Await(ctx, "up", func(pushwire.Status) bool { return true })
+		if err == nil && (s.Disk.Power || d.barn.Pi.DiskAttached()) {
+			err = fmt.Errorf("the disk has power: %+v", s.Disk)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.push(ctx, "push both repositories: the push wakes the disk", "barn"); err != nil {
+		return err
+	}
+	if err := d.step("sleep: unmount, lock, cut the disk's power", func() error {
+		if _, err := d.barn.SSH(ctx, "home/pusher/ssh_key", "sleep"); err != nil {
+			return err
+		}
+		return within(ctx, time.Minute, func(ctx context.Context) error { return d.barn.Pi.WaitDisk(ctx, false) })
+	}); err != nil {
+		return err
+	}
+	if err := d.step("switch it off: from here on there is only its disk, and the recovery key", d.barn.CutPower); err != nil {
+		return err
+	}
+	return d.outside(ctx)
 }
