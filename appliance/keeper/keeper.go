@@ -47,7 +47,7 @@ const (
 	ReleaseTimeout = 12 * time.Second
 )
 
-const tick = 2 * time.Second
+const tick = time.Second
 
 // Brief is what the keeper must know.
 type Brief struct {
@@ -62,7 +62,8 @@ type Keeper struct {
 	brief Brief
 	known *memory
 
-	verifying chan struct{}
+	verifying  chan struct{}
+	background sync.WaitGroup
 
 	mu      sync.Mutex // guards the fields below
 	store   *generations.Store
@@ -101,6 +102,7 @@ func Run(ctx context.Context, env *part.Env) error {
 	loopErr := env.Loop(serveCtx, tick, func(context.Context) error { return k.step() })
 	cancel()
 	err = errors.Join(loopErr, k.release(), <-served)
+	k.background.Wait()
 	return err
 }
 
@@ -145,6 +147,7 @@ func (k *Keeper) attach() error {
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
+	k.known.newDisk()
 	k.mu.Lock()
 	if k.store != nil { // two at once
 		k.mu.Unlock()
@@ -152,11 +155,23 @@ func (k *Keeper) attach() error {
 	}
 	k.store, k.closing = store, false
 	k.mu.Unlock()
-	if err := k.known.refresh(store); err != nil {
+	k.env.Log.Info("the disk is there", "free", free(store))
+	k.background.Go(k.refresh)
+	return k.report(true)
+}
+
+// refresh reads what the disk holds. The disk part does not wait for it: a long
+// history on a cold disk takes many seconds.
+func (k *Keeper) refresh() {
+	ctx, store, leave, err := k.enter(context.Background())
+	if err != nil {
+		return // the disk is wanted back already
+	}
+	defer leave()
+	if err := k.known.refresh(ctx, store); err != nil {
 		k.env.Log.Error("the disk's generations cannot be listed", "err", err)
 	}
-	k.env.Log.Info("the disk is there", "free", free(store))
-	return k.report(true)
+	k.changed()
 }
 
 func free(store *generations.Store) int64 {

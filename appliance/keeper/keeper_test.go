@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -77,7 +78,8 @@ func (b *bench) run() {
 	}
 	b.Cleanup(b.stop)
 	for {
-		if _, err := os.Stat(b.paths.Socket(part.Keeper)); err == nil {
+		if c, err := net.Dial("unix", b.paths.Socket(part.Keeper)); err == nil {
+			c.Close()
 			return
 		}
 		select {

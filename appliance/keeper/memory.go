@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,6 +37,7 @@ type memory struct {
 	mu           sync.Mutex // guards the fields below
 	repositories map[string]repository
 	heartbeats   map[string]beatFile
+	fresh        map[string]bool // confirmed since the disk came: newer than what refresh reads
 }
 
 // repository is what is remembered of one.
@@ -65,7 +67,7 @@ const (
 )
 
 func openMemory(dir string, log *slog.Logger) (*memory, error) {
-	m := &memory{dir: dir, log: log, repositories: map[string]repository{}, heartbeats: map[string]beatFile{}}
+	m := &memory{dir: dir, log: log, repositories: map[string]repository{}, heartbeats: map[string]beatFile{}, fresh: map[string]bool{}}
 	if err := os.Mkdir(filepath.Join(dir, heartbeatsDir), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("keeper's memory: %w", err)
 	}
@@ -128,17 +130,26 @@ func (m *memory) saveRepositories() error {
 	return writeJSON(filepath.Join(m.dir, "repositories.json"), m.repositories)
 }
 
-// refresh takes over what the disk says of all repositories.
-func (m *memory) refresh(store *generations.Store) error {
+// newDisk forgets that anything was confirmed on the disk that comes now.
+func (m *memory) newDisk() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.fresh)
+}
+
+// refresh takes over what the disk says of all repositories. Reading a long
+// history takes its time, so the lock is held only afterwards.
+func (m *memory) refresh(ctx context.Context, store *generations.Store) error {
 	names, err := store.Repositories()
 	if err != nil {
 		return err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	next := map[string]repository{}
 	for _, name := range names {
-		r, err := m.look(store, name)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		r, err := look(store, name)
 		if errors.Is(err, generations.ErrNone) {
 			continue
 		}
@@ -147,9 +158,17 @@ func (m *memory) refresh(store *generations.Store) error {
 		}
 		next[name] = r
 	}
-	for name := range m.repositories {
-		if _, ok := next[name]; !ok {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name, old := range m.repositories {
+		r, ok := next[name]
+		switch {
+		case !ok && !slices.Contains(names, name):
 			m.log.Warn("a repository that was known is not on this disk", "repository", name)
+		case ok:
+			next[name] = m.remembered(name, r)
+		case old.Newest != "":
+			m.log.Warn("a repository that was known has no generation on this disk", "repository", name)
 		}
 	}
 	if maps.Equal(m.repositories, next) {
@@ -159,8 +178,9 @@ func (m *memory) refresh(store *generations.Store) error {
 	return m.saveRepositories()
 }
 
-// look reads one repository's state from the disk.
-func (m *memory) look(store *generations.Store, name string) (repository, error) {
+// look reads one repository's state from the disk, as if it was last confirmed by
+// its commit.
+func look(store *generations.Store, name string) (repository, error) {
 	list, err := store.List(name)
 	if err != nil {
 		return repository{}, err
@@ -169,26 +189,39 @@ func (m *memory) look(store *generations.Store, name string) (repository, error)
 	if err != nil {
 		return repository{}, err
 	}
-	r := repository{
+	return repository{
 		Newest: newest.Name, Digest: newest.Digest.String(), NewestAt: newest.Committed.UTC(), ConfirmedAt: newest.Committed.UTC(),
 		Generations: len(list), Suspect: newest.Suspect, Bytes: newest.Bytes,
+	}, nil
+}
+
+// remembered adds to what the disk says when it was confirmed, and keeps what a
+// commit has said since the disk was read. m.mu is held.
+func (m *memory) remembered(name string, r repository) repository {
+	old, ok := m.repositories[name]
+	if !ok {
+		return r
 	}
-	if old, ok := m.repositories[name]; ok && old.Newest == r.Newest && old.Digest == r.Digest {
+	if m.fresh[name] {
+		return old
+	}
+	if old.Newest == r.Newest && old.Digest == r.Digest {
 		r.ConfirmedAt = old.ConfirmedAt
 	}
-	return r, nil
+	return r
 }
 
 // confirm takes note that the newest generation was offered or committed at now.
 func (m *memory) confirm(store *generations.Store, name string, now time.Time) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	r, err := m.look(store, name)
+	r, err := look(store, name)
 	if err != nil {
 		return err
 	}
 	r.ConfirmedAt = now.UTC()
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.repositories[name] = r
+	m.fresh[name] = true
 	return m.saveRepositories()
 }
 

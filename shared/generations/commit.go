@@ -110,7 +110,7 @@ func (t *Transaction) describe(sequence int64, a *assembly) *Generation {
 		Name: Name(sequence, now), Format: 1, Repository: t.req.Repository, Sequence: sequence,
 		Committed: now, ClockSet: t.store.opt.ClockSet(), Pusher: t.req.Pusher,
 		RepositoryID: h.RepositoryID, Kind: h.Kind, Digest: t.digest,
-		Entries: h.Entries, Files: a.files, Bytes: h.Bytes, NewFiles: a.newFiles, NewBytes: a.newBytes,
+		Entries: h.Entries, Files: a.files, Bytes: h.Bytes, NewFiles: a.newFiles, NewBytes: a.newBytes, Overhead: t.overhead,
 		Base: t.base.Name, Push: t.id,
 	}
 }

@@ -50,6 +50,7 @@ type Generation struct {
 	Bytes        int64        `toml:"bytes"`
 	NewFiles     int64        `toml:"new_files"` // not shared with the generation before
 	NewBytes     int64        `toml:"new_bytes"`
+	Overhead     int64        `toml:"overhead_bytes"` // what its lists and folders take, roughly
 	Base         string       `toml:"base,omitempty"` // the generation that unchanged files are shared with
 	Push         string       `toml:"push"`           // the id of the push
 	Suspect      bool         `toml:"suspect"`

@@ -380,21 +380,31 @@ func TestQuota(t *testing.T) {
 		}
 		return tx, err
 	}
+	const lists = 163 // bytes of overhead that a file with a name of one letter costs
 	day := tree{}.add("a", noise(1, 1000))
 	push(t, s, "photos", day)
 	next := day.clone().add("b", noise(2, 500))
+	used, needs := int64(1000+lists), int64(500+2*lists)
 	var over *generations.QuotaError
-	if _, err := try("photos", next, 1499); !errors.As(err, &over) || over.Used != 1000 || over.Needs != 500 {
+	if _, err := try("photos", next, used+needs-1); !errors.As(err, &over) || over.Used != used || over.Needs != needs {
 		t.Errorf("1 byte over the quota: %v", err)
 	}
-	tx, err := try("photos", next, 1500)
+	tx, err := try("photos", next, used+needs)
 	if err != nil {
 		t.Fatalf("just within the quota: %v", err)
 	}
 	tx.Close()
 	// The push that lies there counts: otherwise each repository would have a quota of its own.
-	if _, err := try("docs", tree{}.add("c", "x"), 1500); !errors.As(err, &over) || over.Used != 1500 {
+	if _, err := try("docs", tree{}.add("c", "x"), used+needs); !errors.As(err, &over) || over.Used != used+needs {
 		t.Errorf("another repository beside a push under way: %v", err)
+	}
+	// So do names without content.
+	names := tree{}
+	for i := range 100 {
+		names.add(strings.Repeat("n", 200)+fmt.Sprint(i), "")
+	}
+	if _, err := try("photos", names, 50_000); !errors.As(err, &over) || over.Needs < 70_000 {
+		t.Errorf("a hundred long names: %v", err)
 	}
 }
 

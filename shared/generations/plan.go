@@ -148,14 +148,15 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	if err := t.adopt(ctx, objects, finished, &answer); err != nil {
 		return Answer{}, err
 	}
-	if err := t.admit(ctx, &cost, newBytes); err != nil {
+	if err := t.admit(ctx, &cost, newBytes+cost.overhead); err != nil {
 		return Answer{}, err
 	}
 	if err := t.checkLinks(); err != nil {
 		return Answer{}, err
 	}
+	t.overhead = cost.overhead
 	h := t.req.Offer
-	p := incomingPush{Format: 1, Push: t.id, Pusher: t.req.Pusher, Digest: t.digest, Entries: h.Entries, Bytes: h.Bytes, NewBytes: newBytes}
+	p := incomingPush{Format: 1, Push: t.id, Pusher: t.req.Pusher, Digest: t.digest, Entries: h.Entries, Bytes: h.Bytes, NewBytes: newBytes + cost.overhead}
 	if err := t.store.writeTOML(t.dir, pushFile, p, 0o600); err != nil {
 		return Answer{}, err
 	}
@@ -167,8 +168,9 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	return answer, nil
 }
 
-// cost estimates what a push adds to the disk.
-type cost struct{ bytes, inodes int64 }
+// cost estimates what a push adds to the disk. The overhead, lists and folders,
+// is a part of the bytes.
+type cost struct{ bytes, overhead, inodes int64 }
 
 const block = 4096
 
@@ -180,11 +182,13 @@ func (c *cost) file(size int64) {
 // entry counts what every entry costs in a generation, linked or not: its place
 // in a folder, and its lines in MANIFEST and SUMS.b2.
 func (c *cost) entry(e *manifest.Entry) {
-	c.bytes += 3*int64(len(e.Path)) + 160
+	n := 3*int64(len(e.Path)) + 160
 	if e.Kind == manifest.Folder {
-		c.bytes += block
+		n += block
 		c.inodes++
 	}
+	c.bytes += n
+	c.overhead += n
 }
 
 // admit checks quota and room, and takes note of what the push may write.

@@ -306,7 +306,7 @@ func (s *Store) Generation(repository, name string) (Generation, error) {
 }
 
 // stored is how much of a key's quota is used: the bytes of its generations that
-// are not shared with the generation before, and what its pushes under way may
+// are not shared with the generation before, their lists and folders, and what its pushes under way may
 // add, but for the one of repository except.
 func (s *Store) stored(ctx context.Context, pusher, except string) (bytes int64, err error) {
 	repositories, err := s.Repositories()
@@ -323,7 +323,7 @@ func (s *Store) stored(ctx context.Context, pusher, except string) (bytes int64,
 		}
 		for _, g := range list {
 			if g.Pusher == pusher {
-				bytes += g.NewBytes
+				bytes += g.NewBytes + g.Overhead
 			}
 		}
 	}

@@ -96,7 +96,7 @@ type incomingPush struct {
 	Digest   manifest.Sum `toml:"digest"`
 	Entries  int64        `toml:"entries"`
 	Bytes    int64        `toml:"bytes"`
-	NewBytes int64        `toml:"new_bytes"` // not in the generation before; counts for the quota
+	NewBytes int64        `toml:"new_bytes"` // not in the generation before, overhead included; counts for the quota
 }
 
 // readPush reads the push.toml of incoming/<repository>.
@@ -126,6 +126,7 @@ type Transaction struct {
 	partials   map[manifest.Sum]int64 // half-built files that the answer offered to resume
 	durable    map[manifest.Sum]int64 // the content of the file checkpoint
 	distrusted map[manifest.Sum]bool
+	overhead   int64 // bytes of lists and folders
 }
 
 // A transaction's states, each entered from the one before:
