@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -23,26 +22,10 @@ import (
 
 	"farkeep/image/emulate"
 	"farkeep/image/stage"
+	"farkeep/image/stage/stagetest"
 	"farkeep/shared/hint"
 	"farkeep/shared/pushwire"
 )
-
-// programs builds the four programs as the Makefile does.
-func programs(t *testing.T) string {
-	t.Helper()
-	bin := t.TempDir()
-	for output, build := range map[string][]string{
-		"farkeep-image": {"amd64", "farkeep/image"}, "farkeep-keyserver": {"amd64", "farkeep/keyserver"},
-		"farkeep-pusher": {"amd64", "farkeep/pusher"}, "farkeep-appliance-arm64": {"arm64", "farkeep/appliance"},
-	} {
-		cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", filepath.Join(bin, output), build[1])
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+build[0])
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("build %s: %v\n%s", output, err, out)
-		}
-	}
-	return bin
-}
 
 type world struct {
 	*testing.T
@@ -101,7 +84,7 @@ func TestMisfortunes(t *testing.T) {
 		}
 	}()
 	out := &lockedWriter{w: &console}
-	s, err := stage.New(t.Context(), stage.Options{Dir: dir, Bin: programs(t), Out: out, Console: out, Log: slog.New(slog.DiscardHandler), HeartbeatAge: time.Hour, UnreachableAfter: 10 * time.Second})
+	s, err := stage.New(t.Context(), stage.Options{Dir: dir, Bin: stagetest.Programs(t), Out: out, Console: out, Log: slog.New(slog.DiscardHandler), HeartbeatAge: time.Hour, UnreachableAfter: 10 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
