@@ -164,8 +164,12 @@ func (k *Keeper) Run(ctx context.Context) error {
 			next.Reset(0)
 		case <-next.C:
 			if err := k.sync(ctx); err != nil {
+				level := slog.LevelDebug // the line may not be up yet
+				if isClosed(k.ready) {
+					level = slog.LevelWarn
+				}
 				if ctx.Err() == nil {
-					k.Log.Warn("the clock was not compared", "err", err)
+					k.Log.Log(ctx, level, "the clock was not compared", "err", err)
 				}
 				next.Reset(retry.NextBackOff())
 				continue
@@ -180,11 +184,20 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 }
 
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
 // sync asks the sources once and acts on what they agree on. An answer that is
 // not believed is no error: asking again at once would not change it.
 func (k *Keeper) sync(ctx context.Context) error {
 	sources := k.askable()
-	samples, failed := round(ctx, sources, k.Query)
+	samples, failed := round(ctx, sources, len(k.Servers), k.Query)
 	k.mu.Lock()
 	for source, err := range failed {
 		k.Log.Debug("time source", "source", source, "err", err)

@@ -110,14 +110,7 @@ func run(t *testing.T, m *machine, path string) (k *Keeper, stop func()) {
 	}
 }
 
-func isReady(k *Keeper) bool {
-	select {
-	case <-k.Ready():
-		return true
-	default:
-		return false
-	}
-}
+func isReady(k *Keeper) bool { return isClosed(k.Ready()) }
 
 // synctest's time starts in 2000; the tests' truth is ten thousand days later.
 const future = 10000 * 24 * time.Hour
@@ -280,6 +273,33 @@ func TestOneLiarOfThree(t *testing.T) {
 		if !strings.HasPrefix(k.Status().Source, "2 of 3") || m.ahead().Round(time.Second) != future {
 			t.Errorf("%+v, clock %v", k.Status(), m.Now())
 		}
+	})
+}
+
+func TestASlowSourceHoldsNobodyUp(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "clock")
+	synctest.Test(t, func(t *testing.T) {
+		m := powerOn()
+		m.say(future, "a", "bb")
+		k, err := New(Config{Path: path, Servers: three, System: m, Log: slog.New(slog.DiscardHandler), Query: func(ctx context.Context, source string) (Sample, error) {
+			if source == "ccc" {
+				<-ctx.Done()
+				return Sample{}, ctx.Err()
+			}
+			return m.query(ctx, source)
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- k.Run(ctx) }()
+		synctest.Wait()
+		if !k.Status().Set {
+			t.Errorf("after no time: %+v", k.Status())
+		}
+		cancel()
+		<-done
 	})
 }
 

@@ -120,13 +120,15 @@ func ask(ctx context.Context, source string, address netip.AddrPort, now func() 
 }
 
 // round asks all sources at once and returns who answered, and the errors of
-// the others by source.
-func round(ctx context.Context, sources []string, query func(context.Context, string) (Sample, error)) ([]Sample, map[string]error) {
+// the others by source. It does not wait for the rest when more than half of
+// all that are configured agree already: they could not outvote those.
+func round(ctx context.Context, sources []string, configured int, query func(context.Context, string) (Sample, error)) ([]Sample, map[string]error) {
 	ctx, cancel := context.WithTimeout(ctx, roundTimeout)
 	defer cancel()
 	var (
 		wg      sync.WaitGroup
 		mu      sync.Mutex
+		decided bool
 		samples []Sample
 		failed  = map[string]error{}
 	)
@@ -135,11 +137,18 @@ func round(ctx context.Context, sources []string, query func(context.Context, st
 			s, err := query(ctx, source)
 			mu.Lock()
 			defer mu.Unlock()
-			if err != nil {
+			switch {
+			case decided:
+				return
+			case err != nil:
 				failed[source] = err
 				return
 			}
 			samples = append(samples, s)
+			if _, agreeing, err := Agree(samples, configured); err == nil && 2*agreeing > configured {
+				decided = true
+				cancel()
+			}
 		})
 	}
 	wg.Wait()

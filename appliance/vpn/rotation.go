@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	// An endpoint's turn is long enough for two handshakes (REKEY_TIMEOUT is 5 s)
-	// and grows while none of them answers.
-	firstTurn    = 10 * time.Second
+	// An endpoint's turn is longer than WireGuard's REKEY_TIMEOUT of 5 s, before
+	// which it begins no other handshake, and grows while none of them answers.
+	firstTurn    = 6 * time.Second
 	longestTurn  = time.Minute
 	resolveTime  = 5 * time.Second
 	maxAddresses = 4 // of one name
@@ -86,7 +86,7 @@ func (r *rotation) turn(ctx context.Context) (candidate, bool) {
 		}
 		r.next = 0
 	}
-	r.turnEnds = now.Add(r.turnLength*4/5 + rand.N(r.turnLength*2/5))
+	r.turnEnds = now.Add(r.turnLength + rand.N(r.turnLength/5+1))
 	if len(r.candidates) == 0 {
 		return candidate{}, false
 	}

@@ -161,7 +161,7 @@ func TestEndpointsInTurn(t *testing.T) {
 		f := &fake{}
 		up := tend(t, f, testSettings(t, "192.168.1.9:51820", "home.example:51820", "unknown.example:1", "evil.example:51820"))
 		f.home("198.51.100.1:51820")
-		time.Sleep(45 * time.Second)
+		time.Sleep(30 * time.Second)
 		want := []string{"192.168.1.9:51820", "[2001:db8::1]:51820", "198.51.100.1:51820"}
 		if diff := cmp.Diff(want, f.tried()); diff != "" || !up() {
 			t.Errorf("up %v\n%s", up(), diff)

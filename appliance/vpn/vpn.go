@@ -100,18 +100,23 @@ func (t *Tunnel) configure(wg device) error {
 	if t.settings.ListenPort != 0 {
 		config.ListenPort = &t.settings.ListenPort
 	}
+	now, err := wg.Device(t.settings.Interface)
+	if err != nil {
+		return fmt.Errorf("vpn: read %s: %w", t.settings.Interface, err)
+	}
 	wanted := map[wgtypes.Key]bool{}
 	for _, p := range t.settings.Peers {
 		pc, err := peerConfig(p)
 		if err != nil {
 			return err
 		}
+		// Without an endpoint a keepalive only starts a handshake that cannot be
+		// sent, and the next one has to wait for REKEY_TIMEOUT; point sets both.
+		if !slices.ContainsFunc(now.Peers, func(q wgtypes.Peer) bool { return q.PublicKey == pc.PublicKey && q.Endpoint != nil }) {
+			pc.PersistentKeepaliveInterval = nil
+		}
 		wanted[pc.PublicKey] = true
 		config.Peers = append(config.Peers, pc)
-	}
-	now, err := wg.Device(t.settings.Interface)
-	if err != nil {
-		return fmt.Errorf("vpn: read %s: %w", t.settings.Interface, err)
 	}
 	for _, p := range now.Peers {
 		if !wanted[p.PublicKey] {
