@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 )
 
@@ -14,13 +15,13 @@ func Programs(t *testing.T) string {
 	t.Helper()
 	bin := t.TempDir()
 	for _, p := range []struct{ output, arch, path string }{
-		{"farkeep-image", "amd64", "farkeep/image"},
-		{"farkeep-keyserver", "amd64", "farkeep/keyserver"},
-		{"farkeep-pusher", "amd64", "farkeep/pusher"},
+		{"farkeep-image", runtime.GOARCH, "farkeep/image"},
+		{"farkeep-keyserver", runtime.GOARCH, "farkeep/keyserver"},
+		{"farkeep-pusher", runtime.GOARCH, "farkeep/pusher"},
 		{"farkeep-appliance-arm64", "arm64", "farkeep/appliance"},
 	} {
 		args := []string{"build", "-trimpath", "-o", filepath.Join(bin, p.output)}
-		if p.arch == "arm64" {
+		if p.output == "farkeep-appliance-arm64" {
 			args = append(args, "-ldflags=-s -w")
 		}
 		cmd := exec.CommandContext(t.Context(), "go", append(args, p.path)...)
