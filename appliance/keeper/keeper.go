@@ -14,6 +14,7 @@
 package keeper
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,13 +37,10 @@ const (
 	// whole generations, which a disk does worse for every further one.
 	MaxRunning   = 16
 	MaxVerifying = 1
-	// StallTimeout ends a verb whose peer sends nothing while it should.
-	StallTimeout = 2 * time.Minute
-	// TakeoverAfter is how long a push must have been silent for another attempt
-	// at the same repository to end it: a line that was cut looks silent.
+	// StallTimeout, TakeoverAfter and IdleTimeout are the defaults of Brief.
+	StallTimeout  = 2 * time.Minute
 	TakeoverAfter = 20 * time.Second
-	// IdleTimeout frees a push between verbs. What was uploaded is kept.
-	IdleTimeout = 10 * time.Minute
+	IdleTimeout   = 10 * time.Minute
 	// ReleaseTimeout is how long verbs at work may take to let go of the disk.
 	ReleaseTimeout = 12 * time.Second
 )
@@ -54,6 +52,19 @@ type Brief struct {
 	// Reserve is what pushes leave free on the disk, in bytes; 0 means the
 	// default of package generations.
 	Reserve int64
+	// Stall ends a verb whose peer sends nothing while it should.
+	Stall time.Duration
+	// Takeover is how long a push must have been silent for another attempt at
+	// the same repository to end it: a line that was cut looks silent.
+	Takeover time.Duration
+	// Idle frees a push between verbs. What was uploaded is kept.
+	Idle time.Duration
+}
+
+func (b *Brief) setDefaults() {
+	b.Stall = cmp.Or(b.Stall, StallTimeout)
+	b.Takeover = cmp.Or(b.Takeover, TakeoverAfter)
+	b.Idle = cmp.Or(b.Idle, IdleTimeout)
 }
 
 // Keeper serves the calls.
@@ -83,6 +94,7 @@ func Run(ctx context.Context, env *part.Env) error {
 	if err != nil {
 		return err
 	}
+	brief.setDefaults()
 	known, err := openMemory(env.Paths.StateDir(part.Keeper), env.Log)
 	if err != nil {
 		return err
@@ -120,7 +132,7 @@ func (k *Keeper) step() error {
 			}
 		}
 	}
-	k.freeIdle(IdleTimeout)
+	k.freeIdle(k.brief.Idle)
 	return k.report(false)
 }
 

@@ -35,17 +35,20 @@ type bench struct {
 	*testing.T
 	paths part.Paths
 	args  keepercall.Args
+	brief keeper.Brief
 	stop  func() // ends the keeper and waits for it
 }
 
-func start(t *testing.T) *bench {
+func start(t *testing.T) *bench { return startWith(t, keeper.Brief{Reserve: 1}) }
+
+func startWith(t *testing.T, brief keeper.Brief) *bench {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("this test mounts a tmpfs: run it as root")
 	}
 	root := t.TempDir()
 	b := &bench{T: t, paths: part.Paths{Run: root + "/run", State: root + "/state", Media: root + "/media"},
-		args: keepercall.Args{Key: "home", Role: "push", Repositories: []string{"photos", "docs*"}}}
+		brief: brief, args: keepercall.Args{Key: "home", Role: "push", Repositories: []string{"photos", "docs*"}}}
 	for _, dir := range []string{b.paths.RunDir("keeper"), b.paths.RunDir("disk"), b.paths.StateDir("keeper"), b.paths.Disk()} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
@@ -58,7 +61,7 @@ func start(t *testing.T) *bench {
 // run starts the keeper.
 func (b *bench) run() {
 	b.Helper()
-	env, err := part.New(part.Header{Name: part.Keeper, Host: "vault", Paths: b.paths}, keeper.Brief{Reserve: 1}, slog.New(slog.NewTextHandler(testWriter{b.T}, nil)), nil)
+	env, err := part.New(part.Header{Name: part.Keeper, Host: "vault", Paths: b.paths}, b.brief, slog.New(slog.NewTextHandler(testWriter{b.T}, nil)), nil)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -571,6 +574,64 @@ func TestFullDiskIsRefusedWithNumbers(t *testing.T) {
 	if hint.Code(err) != hint.ExitRefused || !strings.Contains(err.Error(), "41") || !strings.Contains(err.Error(), "free") {
 		t.Errorf("%v (code %d)", err, hint.Code(err))
 	}
+}
+
+// A peer that stalls loses its verb, one that idles its push, and neither its upload.
+func TestStalledPeersAreFreed(t *testing.T) {
+	day := repo{"a": strings.Repeat("x", 100_000), "b": "2"}
+	// begin starts an upload that sends one whole file and then nothing.
+	begin := func(b *bench) *localcall.Conn {
+		answer, _, err := b.offer("photos", day)
+		if err != nil {
+			b.Fatal(err)
+		}
+		c := b.open(keepercall.Upload, b.with(func(a *keepercall.Args) { a.Push = answer.Push }))
+		e := recipe.NewEncoder(c)
+		h := manifest.NewHash()
+		io.WriteString(h, day["a"])
+		if err := errors.Join(e.File(0), second(io.WriteString(e, day["a"])), e.End(manifest.SumOf(h)), e.Flush()); err != nil {
+			b.Fatal(err)
+		}
+		b.wait("the file", func() bool {
+			files, _ := os.ReadDir(filepath.Join(b.paths.Disk(), "incoming/photos/building"))
+			return len(files) == 1
+		})
+		return c
+	}
+	resumes := func(b *bench) {
+		b.wait("the push to be free", func() bool {
+			answer, _, err := b.offer("photos", day)
+			if err == nil && (answer.Need != 1 || answer.Kept != 1) {
+				b.Errorf("the next attempt: %+v; want one file kept", answer)
+			}
+			return err == nil
+		})
+	}
+	t.Run("stalled", func(t *testing.T) {
+		b := startWith(t, keeper.Brief{Reserve: 1, Stall: 50 * time.Millisecond})
+		b.mount()
+		if _, err := line(begin(b), nil); err == nil {
+			t.Error("a stalled upload was answered as complete")
+		}
+		resumes(b)
+	})
+	t.Run("taken over", func(t *testing.T) {
+		b := startWith(t, keeper.Brief{Reserve: 1, Takeover: 50 * time.Millisecond})
+		b.mount()
+		begin(b)
+		resumes(b)
+	})
+	t.Run("idle", func(t *testing.T) {
+		b := startWith(t, keeper.Brief{Reserve: 1, Idle: time.Nanosecond})
+		b.mount()
+		if _, _, err := b.offer("photos", day); err != nil {
+			t.Fatal(err)
+		}
+		b.args.Key = "barn"
+		if _, _, err := b.offer("photos", day); err != nil {
+			t.Errorf("another key, after the first one idled: %v", err)
+		}
+	})
 }
 
 // wait waits for what another process or goroutine brings about.

@@ -20,7 +20,7 @@ import (
 //	      offer             upload, commit
 //	free ───────▶ idle ◀───────────────────▶ busy
 //	  ▲            │                          │ commit, abort, cut, stall
-//	  └────────────┴──── IdleTimeout ─────────┘
+//	  └────────────┴──── Brief.Idle ──────────┘
 type push struct {
 	repository string
 	key        string
@@ -74,9 +74,9 @@ func (c *call) claim(ctx context.Context, repository string, cancel context.Canc
 			return p, nil
 		}
 		if !old.busy {
-			if old.key != c.args.Key && old.silent() < IdleTimeout {
+			if old.key != c.args.Key && old.silent() < c.brief.Idle {
 				c.mu.Unlock()
-				return nil, busy(repository)
+				return nil, c.busy(repository)
 			}
 			delete(c.pushes, repository)
 			c.mu.Unlock()
@@ -84,20 +84,20 @@ func (c *call) claim(ctx context.Context, repository string, cancel context.Canc
 			continue
 		}
 		limit := settle
-		if old.key == c.args.Key && old.silent() >= TakeoverAfter {
+		if old.key == c.args.Key && old.silent() >= c.brief.Takeover {
 			old.cancel(errTaken)
-			limit = TakeoverAfter
+			limit = c.brief.Takeover
 		}
 		ended := old.ended
 		c.mu.Unlock()
 		if !await(ctx, ended, limit) {
-			return nil, busy(repository)
+			return nil, c.busy(repository)
 		}
 	}
 }
 
-func busy(repository string) error {
-	return hint.Because(fmt.Errorf("push %s: %w", repository, generations.ErrBusy), "wait for it to end; one that is stalled can be taken over after %v", TakeoverAfter)
+func (k *Keeper) busy(repository string) error {
+	return hint.Because(fmt.Errorf("push %s: %w", repository, generations.ErrBusy), "wait for it to end; one that is stalled can be taken over after %v", k.brief.Takeover)
 }
 
 // use finds the push of that id and makes it busy for a verb.
@@ -125,7 +125,7 @@ func (c *call) use(ctx context.Context, id string, cancel context.CancelCauseFun
 		ended := p.ended
 		c.mu.Unlock()
 		if !await(ctx, ended, settle) {
-			return nil, busy(repository)
+			return nil, c.busy(repository)
 		}
 	}
 }
@@ -209,7 +209,7 @@ func offer(ctx context.Context, c *call) error {
 	if err := c.answer(answer.OfferAnswer, keepercall.ThenRaw); err != nil {
 		return err
 	}
-	late := time.AfterFunc(StallTimeout, func() { c.conn.Close() })
+	late := time.AfterFunc(c.brief.Stall, func() { c.conn.Close() })
 	defer late.Stop()
 	if _, err := answer.Needed.WriteTo(c.conn); err != nil {
 		return err
@@ -266,7 +266,7 @@ func commit(ctx context.Context, c *call) error {
 	}
 	defer c.done(p, false)
 	// A commit of many files sends nothing for minutes, and is not silent.
-	working := p.working()
+	working := p.working(c.brief.Takeover / 4)
 	defer working()
 	name, err := p.tx.Commit(ctx)
 	if err != nil {
@@ -284,11 +284,11 @@ func commit(ctx context.Context, c *call) error {
 }
 
 // working keeps the push from being taken over until the returned func is called.
-func (p *push) working() (stop func()) {
+func (p *push) working(pace time.Duration) (stop func()) {
 	done := make(chan struct{})
 	var wait sync.WaitGroup
 	wait.Go(func() {
-		t := time.NewTicker(TakeoverAfter / 4)
+		t := time.NewTicker(pace)
 		defer t.Stop()
 		for {
 			select {

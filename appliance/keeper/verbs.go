@@ -77,13 +77,13 @@ func (c *call) pushKey() error {
 	return nil
 }
 
-// reader reads the peer's raw bytes. When none come for StallTimeout, or ctx
+// reader reads the peer's raw bytes. When none come for Brief.Stall, or ctx
 // ends, the call is cut: a peer that says nothing hears nothing.
 func (c *call) reader(ctx context.Context, progress func()) (_ io.Reader, stop func()) {
 	stopWatch := context.AfterFunc(ctx, func() { c.conn.Close() })
-	stalled := time.AfterFunc(StallTimeout, func() { c.conn.Close() })
+	stalled := time.AfterFunc(c.brief.Stall, func() { c.conn.Close() })
 	r := readerFunc(func(p []byte) (int, error) {
-		stalled.Reset(StallTimeout)
+		stalled.Reset(c.brief.Stall)
 		n, err := c.conn.Read(p)
 		stalled.Stop()
 		if progress != nil {
