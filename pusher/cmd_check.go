@@ -25,10 +25,7 @@ it with what was pushed before. It asks no target: status does.`,
 			if _, err := at.readIdentity(s); err != nil {
 				return err
 			}
-			memory, err := at.memory()
-			if err != nil {
-				return err
-			}
+			memory := at.memory()
 			if _, err := at.targets(s, nil, memory, env, at.logger(env.Stderr)); err != nil {
 				return err
 			}

@@ -29,10 +29,7 @@ Generations on targets are not touched: no command of this program can do that.`
 				return err
 			}
 			defer state.Close()
-			memory, err := at.memory()
-			if err != nil {
-				return err
-			}
+			memory := at.memory()
 			for _, name := range names {
 				err := memory.Forget(name)
 				if errors.Is(err, fs.ErrNotExist) {

@@ -62,10 +62,7 @@ man's switch quiet.`,
 				return err
 			}
 			defer state.Close()
-			memory, err := at.memory()
-			if err != nil {
-				return err
-			}
+			memory := at.memory()
 			// A board without a terminal logs, and needs no tidying.
 			var screen io.Writer
 			if env.Terminal != nil {

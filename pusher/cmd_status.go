@@ -69,10 +69,7 @@ nothing, and its newest archive cannot be read without a passphrase.`,
 			if err != nil {
 				return err
 			}
-			memory, err := at.memory()
-			if err != nil {
-				return err
-			}
+			memory := at.memory()
 			found, err := find(s, memory)
 			if err != nil {
 				return err

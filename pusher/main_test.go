@@ -272,10 +272,10 @@ func TestExitCodes(t *testing.T) {
 		{"push --rate-limit=-1", 2},
 		{"push --site WORK/missing", 2},
 		{"check --site WORK/site.toml --identity WORK/missing --state WORK/state", 2},
-		{"push --site WORK/site.toml --state WORK/state", 2},      // no repository
-		{"forget photos --state WORK/state", 2},                   // nothing remembered
-		{"status --site WORK/site.toml --state WORK/state", 3},    // the target does not answer
-		{"status --site WORK/site.toml --state /proc/nowhere", 1}, // no state
+		{"push --site WORK/site.toml --state WORK/state", 2},    // no repository
+		{"forget photos --state WORK/state", 2},                 // nothing remembered
+		{"status --site WORK/site.toml --state WORK/state", 3},  // the target does not answer
+		{"push --site WORK/site.toml --state /proc/nowhere", 1}, // no state
 	} {
 		out := &watcher{text: "\x00"}
 		args := strings.Fields(strings.ReplaceAll(c.args, "WORK", work))

@@ -236,10 +236,6 @@ func find(s *site.Site, memory *repository.Memory) (repository.Found, error) {
 	return found, nil
 }
 
-func (at *places) memory() (*repository.Memory, error) {
-	m, err := repository.OpenMemory(filepath.Join(at.state, "repositories"))
-	if err != nil {
-		return nil, hint.Because(fmt.Errorf("open the pusher's state: %w", err), "run as the user who pushes, or name another folder: --state DIR")
-	}
-	return m, nil
+func (at *places) memory() *repository.Memory {
+	return repository.NewMemory(filepath.Join(at.state, "repositories"))
 }

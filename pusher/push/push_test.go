@@ -54,9 +54,7 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { state.Close() })
-	if b.memory, err = repository.OpenMemory(filepath.Join(b.state, "repositories")); err != nil {
-		t.Fatal(err)
-	}
+	b.memory = repository.NewMemory(filepath.Join(b.state, "repositories"))
 	return b
 }
 

@@ -39,13 +39,8 @@ type Push struct {
 	New        bool      `json:"new"` // false: the newest generation was confirmed
 }
 
-// OpenMemory makes the folder if it is not there.
-func OpenMemory(dir string) (*Memory, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
-	return &Memory{dir}, nil
-}
+// NewMemory is the memory in folder dir. Only Pushed needs the folder to be there.
+func NewMemory(dir string) *Memory { return &Memory{dir} }
 
 func (m *Memory) file(name string) string { return filepath.Join(m.dir, name+".json") }
 
@@ -74,8 +69,8 @@ func (m *Memory) Get(name string) (r Remembered, ok bool, err error) {
 // All returns every remembered repository, in the order of their names.
 func (m *Memory) All() ([]Remembered, error) {
 	entries, err := os.ReadDir(m.dir)
-	if err != nil {
-		return nil, err
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, hint.Because(fmt.Errorf("recall what was pushed: %w", err), "run as the user who pushes, or name another folder: --state DIR")
 	}
 	var all []Remembered
 	for _, e := range entries {

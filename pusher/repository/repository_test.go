@@ -155,10 +155,7 @@ func TestMountIsGone(t *testing.T) {
 	disk := t.TempDir()
 	unmount := mount(t, disk)
 	fake(t, filepath.Join(disk, "photos"), someID)
-	memory, err := OpenMemory(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	memory := NewMemory(t.TempDir())
 	named := &site.Site{Repositories: []site.Repository{{Name: "photos", Path: filepath.Join(disk, "photos"), Mount: disk}}}
 	folders := &site.Site{Folders: []site.Folder{{Path: disk, Mount: disk}}}
 	bare := &site.Site{Folders: []site.Folder{{Path: disk}}}
@@ -197,10 +194,7 @@ func TestMountIsGone(t *testing.T) {
 
 func TestMemory(t *testing.T) {
 	dir := t.TempDir()
-	m, err := OpenMemory(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := NewMemory(dir)
 	r := Repository{Name: "photos", Path: "/srv/photos", Kind: pushwire.KindBorg1, ID: someID, MountedAt: "/srv"}
 	if err := m.Check(r); err != nil {
 		t.Errorf("never seen: %v", err)
