@@ -42,7 +42,7 @@ const (
 // Status is what the keeper tells the others.
 type Status struct {
 	Set    bool   // sources agreed since the start, and the clock was set to what they say
-	Source string // who says so; "last known time" without sources; "" as long as nothing is known
+	Source string // who says so; "last known time" or "no known time" without sources; "" before Ready
 	Jump   string // "" or what could not be believed; it outlives a reboot
 }
 
@@ -280,6 +280,7 @@ func (k *Keeper) fallBack() {
 		return
 	}
 	k.lived()
+	k.status.Source = "no known time"
 	if !k.known.Time.IsZero() {
 		k.known = k.known.Guess(SaveInterval)
 		if behind := k.known.Time.Sub(k.System.Now()); behind > 0 {

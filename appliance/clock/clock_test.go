@@ -140,7 +140,7 @@ func TestNoSourcesOnFirstStart(t *testing.T) {
 		m := powerOn()
 		k, stop := run(t, m, path)
 		time.Sleep(FallbackAfter + time.Second)
-		if got := k.Status(); got != (Status{}) || !isReady(k) {
+		if got := k.Status(); got != (Status{Source: "no known time"}) || !isReady(k) {
 			t.Errorf("%+v, ready %v", got, isReady(k))
 		}
 		stop()

@@ -190,11 +190,17 @@ func TestHeartbeatsAndClocks(t *testing.T) {
 			w.outage(40 * hour)
 			w.look()
 		}, true},
-		{"1970, nothing known yet: not judged", func(w *world) {
+		{"1970, the start is not over: not judged", func(w *world) {
 			w.outage(40 * hour)
 			w.off = time.Unix(0, 0).Sub(w.now)
 			w.facts.Network.ClockSet, w.facts.Network.ClockSource = false, ""
 			w.run(40 * hour)
+		}, false},
+		{"no known time: only the time that it ran counts", func(w *world) {
+			w.outage(40 * hour)
+			w.off = time.Unix(0, 0).Sub(w.now)
+			w.facts.Network.ClockSet, w.facts.Network.ClockSource = false, "no known time"
+			w.run(29 * hour)
 		}, false},
 		{"last known time: only the time that it ran counts", func(w *world) {
 			w.outage(40 * hour)
