@@ -21,11 +21,19 @@ import (
 )
 
 // crashFolder tells a copy of the test's program to push there until it is killed.
-const crashFolder = "FARKEEP_TEST_CRASH_FOLDER"
+// With crashOnce it ends after one push.
+const (
+	crashFolder = "FARKEEP_TEST_CRASH_FOLDER"
+	crashOnce   = "FARKEEP_TEST_CRASH_ONCE"
+)
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(crashFolder); dir != "" {
-		fmt.Fprintln(os.Stderr, pushForEver(dir))
+		err := pushDays(dir, os.Getenv(crashOnce) != "")
+		if err == nil {
+			os.Exit(0)
+		}
+		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	os.Exit(m.Run())
@@ -43,8 +51,8 @@ func dayTree(day int64) tree {
 	return t
 }
 
-// pushForEver pushes day after day and says of each generation when it is there.
-func pushForEver(dir string) error {
+// pushDays pushes day after day and says of each generation when it is there.
+func pushDays(dir string, once bool) error {
 	ctx := context.Background()
 	s, err := generations.Open(dir, generations.Options{Reserve: 1})
 	if err != nil {
@@ -60,7 +68,7 @@ func pushForEver(dir string) error {
 		} else if !errors.Is(err, generations.ErrNone) {
 			return err
 		}
-		if err := pushDay(ctx, s, day); err != nil {
+		if err := pushDay(ctx, s, day); err != nil || once {
 			return err
 		}
 	}

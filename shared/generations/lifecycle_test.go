@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -273,6 +274,51 @@ func TestOwner(t *testing.T) {
 	}
 }
 
+// A disk that was filled at home as root, for the appliance's user, is carried on by
+// that user without sending anything again.
+func TestApplianceCarriesOn(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Fatal("only root gives files away: run this test as root")
+	}
+	const keeper = 902
+	dir := tmpfs(t, "64m")
+	// The other user must be able to come here at all.
+	if err := errors.Join(os.Chown(dir, keeper, keeper), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	s, err := generations.Open(dir, generations.Options{Reserve: 1, Owner: &generations.Owner{UID: keeper, GID: keeper}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, _ := push(t, s, "photos", dayTree(1))
+	// A push that was cut at home goes on there as well.
+	next := dayTree(2)
+	answer, tx, err := begin(t, s, "photos", next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	upload(t, tx, next, answer, 2000)
+	tx.Close()
+	s.Close()
+
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), crashFolder+"="+dir, crashOnce+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: keeper, Gid: keeper}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	two := strings.TrimSpace(string(out))
+	compare(t, dir, "photos", one, dayTree(1))
+	compare(t, dir, "photos", two, next)
+	inode := func(name string) uint64 {
+		return inodeOf(t, filepath.Join(dir, "generations/photos", name, "files/config"))
+	}
+	if inode(one) != inode(two) {
+		t.Error("an unchanged file was stored again")
+	}
+}
+
 // An inode has at most 65,000 names on ext4. Reached, the file is copied, and the
 // next generations share the copy.
 func TestMostLinks(t *testing.T) {
@@ -507,4 +553,18 @@ func TestNames(t *testing.T) {
 			t.Errorf("%q was taken for a generation", name)
 		}
 	}
+}
+
+// A name that is accepted is the only one for its number and time.
+func FuzzParseName(f *testing.F) {
+	f.Add("000001-20261122T080910Z")
+	f.Add("1000000-20261122T080910Z")
+	f.Add("0000001-20261122T080910Z")
+	f.Add("../x")
+	f.Fuzz(func(t *testing.T, name string) {
+		n, at, err := generations.ParseName(name)
+		if err == nil && (generations.Name(n, at) != name || !filepath.IsLocal(name) || strings.ContainsRune(name, '/')) {
+			t.Errorf("%q was accepted as number %d at %v", name, n, at)
+		}
+	})
 }

@@ -188,9 +188,6 @@ func (w *workshop) file(d *recipe.Decoder, list *manifest.Reader, index int64) e
 
 // start makes the file that is being built.
 func (w *workshop) start() (err error) {
-	if err := w.building.RemoveAll(w.name); err != nil {
-		return err
-	}
 	w.f, err = w.t.store.create(w.building, w.name, 0o600)
 	return err
 }

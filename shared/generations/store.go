@@ -369,12 +369,15 @@ func (s *Store) writeFile(dir *beneath.Dir, name string, data []byte, perm uint3
 	return dir.WriteFile(name, data, perm, s.own)
 }
 
-// create makes a new file; what had the name is replaced.
+// create makes a new file; what had the name is removed.
 func (s *Store) create(dir *beneath.Dir, name string, perm uint32) (*os.File, error) {
-	if err := dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
 	f, _, err := dir.OpenWrite(name, unix.O_CREAT|unix.O_EXCL, perm)
+	if errors.Is(err, fs.ErrExist) {
+		if err := dir.RemoveAll(name); err != nil {
+			return nil, err
+		}
+		f, _, err = dir.OpenWrite(name, unix.O_CREAT|unix.O_EXCL, perm)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -129,7 +129,7 @@ func TestBuild(t *testing.T) {
 		t.Error(diff)
 	}
 	for n := range len(s) {
-		if n > 300 && n < len(s)-100 && n%1_000_003 != 0 {
+		if n > 300 && n < len(s)-40 && n%1_000_003 != 0 {
 			continue
 		}
 		if _, err := build(s[:n], files, long); !errors.Is(err, io.ErrUnexpectedEOF) {
