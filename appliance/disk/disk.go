@@ -48,9 +48,13 @@ import (
 	"github.com/cenkalti/backoff/v5"
 )
 
-// ErrorRelay is the kind of error of a relay that cannot be driven, or that did
-// not cut the power. The other kinds are in package status.
-const ErrorRelay = "relay"
+// Kinds of errors, besides those of package status.
+const (
+	// ErrorRelay: the relay cannot be driven, or did not cut the power.
+	ErrorRelay = "relay"
+	// ErrorUnlock: the part unlock did not do its work; the disk is not to blame.
+	ErrorUnlock = "unlock"
+)
 
 // The part's own bounds and paces.
 const (

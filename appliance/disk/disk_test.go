@@ -46,6 +46,7 @@ type machine struct {
 	reports                []status.Disk
 	alive                  int
 	released               chan struct{} // closed at the end: lets hung calls return
+	unlockErr              error
 	vpnDown                bool
 	before                 status.Disk
 	unmapLater             int
@@ -149,7 +150,7 @@ func (m *machine) Unlock(ctx context.Context, dev Device) (unlock.Result, error)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.mapped = m.unlockResult.OK
-	return m.unlockResult, nil
+	return m.unlockResult, m.unlockErr
 }
 
 func (m *machine) NeedsCheck(string, time.Time) (string, error) {
@@ -486,6 +487,9 @@ func TestErrors(t *testing.T) {
 		{"wrong key", unlockFails(status.ErrorWrongKey), unlockWorks, status.ErrorWrongKey, true},
 		{"bad header", unlockFails(status.ErrorBadHeader), unlockWorks, status.ErrorBadHeader, true},
 		{"does not read", unlockFails(status.ErrorHung), unlockWorks, status.ErrorHung, false},
+		{"the child dies", func(m *machine) {
+			m.unlockErr, m.unlockResult = failed(ErrorUnlock, "exit status 2"), unlock.Result{ErrorKind: ErrorUnlock}
+		}, func(m *machine) { m.unlockErr = nil; unlockWorks(m) }, ErrorUnlock, true},
 		{"fsck", func(m *machine) { m.checkErr = failed(status.ErrorFileSystem, "needs a person") }, func(m *machine) { m.checkErr = nil }, status.ErrorFileSystem, true},
 		{"mount", func(m *machine) { m.mountErr = failed(status.ErrorFileSystem, "wrong fs type") }, func(m *machine) { m.mountErr = nil }, status.ErrorFileSystem, true},
 	} {

@@ -123,7 +123,10 @@ func (l *linux) Unlock(ctx context.Context, dev Device) (unlock.Result, error) {
 	err := spawn.Run(ctx, l.env, part.Unlock, unlock.Brief{
 		Identity: l.identity, KeyServers: l.keyServers, UUID: l.uuid, Device: dev.Node, Mapping: mappingName,
 	}, &r)
-	return r, err
+	if err != nil {
+		return unlock.Result{}, &failure{ErrorUnlock, err}
+	}
+	return r, nil
 }
 
 func (l *linux) NeedsCheck(node string, now time.Time) (string, error) {
