@@ -230,7 +230,7 @@ func (w *outside) boot() *emulate.Pi {
 		if err := pi.CutPower(); err != nil {
 			w.t.Error(err)
 		}
-		if w.t.Failed() {
+		if w.t.Failed() || testing.Verbose() {
 			io.Copy(w.t.Output(), w.console)
 		}
 	})
