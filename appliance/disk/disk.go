@@ -67,7 +67,7 @@ const (
 	syncTimeout    = 5 * time.Minute
 	stepTimeout    = time.Minute // everything that should take no time
 	healthTimeout  = 2 * time.Minute
-	releaseTimeout = 15 * time.Second
+	releaseTimeout = 15 * time.Second // of each neighbour
 	unmountTries   = 20
 	unmapTries     = 20
 	busyPause      = 500 * time.Millisecond

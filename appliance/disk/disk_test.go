@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +14,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"farkeep/appliance/keepercall"
+	"farkeep/appliance/localcall"
+	"farkeep/appliance/part"
 	"farkeep/appliance/relay"
 	"farkeep/appliance/status"
 	"farkeep/appliance/unlock"
@@ -149,6 +153,9 @@ func (m *machine) Unlock(ctx context.Context, dev Device) (unlock.Result, error)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.mapped {
+		return unlock.Result{ErrorKind: status.ErrorHung, Error: "there is a mapping already"}, nil
+	}
 	m.mapped = m.unlockResult.OK
 	return m.unlockResult, m.unlockErr
 }
@@ -584,6 +591,88 @@ func TestCalledOff(t *testing.T) {
 			t.Errorf("called off, not failed: %+v", s)
 		}
 	})
+}
+
+// The child unlock is killed after it made the mapping and before it said so.
+func TestMappingOfAKilledChildIsRemoved(t *testing.T) {
+	for _, switches := range []bool{true, false} {
+		m := newMachine()
+		m.switches, m.power = switches, !switches
+		m.unlockErr = failed(ErrorUnlock, "signal: killed")
+		run(t, m, settings.Window{}, func(t *testing.T, d *Disk) {
+			d.Wake()
+			after(5 * time.Second)
+			want(t, d, status.DiskFailed)
+			m.set(func() {
+				if m.mapped {
+					t.Error("the key stays in the kernel, and no further attempt can make a mapping")
+				}
+			})
+		})
+	}
+}
+
+// A part that held files until the file system was taken away is asked again to
+// let go: it keeps the mapping alive.
+func TestWhoKeptFilesIsAskedAgain(t *testing.T) {
+	m := newMachine()
+	run(t, m, settings.Window{}, func(t *testing.T, d *Disk) {
+		d.Wake()
+		after(10 * time.Second)
+		want(t, d, status.DiskMounted)
+		m.set(func() { m.busyUnmount, m.busyUnmap = 1000, 1000 })
+		m.take()
+		d.Sleep()
+		after(time.Minute)
+		_, calls, _ := strings.Cut(m.take(), "abandon")
+		if !strings.Contains(calls, "release") {
+			t.Errorf("after it was taken away: %s", calls)
+		}
+	})
+}
+
+// A receiver that does not answer must not keep the keeper from hearing.
+func TestReleaseReachesTheKeeper(t *testing.T) {
+	paths := part.Paths{Run: t.TempDir()}
+	heard := make(chan string, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	var served sync.WaitGroup
+	t.Cleanup(served.Wait)
+	t.Cleanup(cancel)
+	for _, name := range []string{part.Receiver, part.Keeper} {
+		if err := os.MkdirAll(paths.RunDir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		served.Go(func() {
+			err := localcall.Serve(ctx, paths.Socket(name), []uint32{uint32(os.Getuid())}, func(ctx context.Context, req localcall.Request, _ *localcall.Conn) error {
+				if name == part.Receiver {
+					<-ctx.Done()
+				} else {
+					heard <- req.Verb
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+		for _, err := os.Stat(paths.Socket(name)); err != nil; _, err = os.Stat(paths.Socket(name)) {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	short, stop := context.WithTimeout(t.Context(), time.Second)
+	defer stop()
+	if err := (neighbours{paths}).Release(short); err == nil {
+		t.Error("that the receiver does not let go is not told")
+	}
+	select {
+	case verb := <-heard:
+		if verb != keepercall.Release {
+			t.Error(verb)
+		}
+	default:
+		t.Error("the keeper was not asked")
+	}
 }
 
 func TestDiskFailsWhileOpen(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"farkeep/appliance/keepercall"
 	"farkeep/appliance/localcall"
@@ -131,17 +132,24 @@ func (n neighbours) Attach(ctx context.Context) error {
 }
 
 // Release ends the receiver's sessions first: they use the keeper. A part that
-// does not run holds nothing.
+// does not run holds nothing. The receiver may take half of the time: one that
+// waits for a peer whose line is dead must not keep the keeper from hearing.
 func (n neighbours) Release(ctx context.Context) error {
-	var errs []error
-	for _, p := range []string{part.Receiver, part.Keeper} {
-		err := localcall.Call(ctx, n.paths.Socket(p), keepercall.Release, nil, nil)
-		var answer *localcall.Error
-		if errors.As(err, &answer) || ctx.Err() != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", p, err))
-		}
+	first, cancel := ctx, context.CancelFunc(func() {})
+	if deadline, ok := ctx.Deadline(); ok {
+		first, cancel = context.WithTimeout(ctx, time.Until(deadline)/2)
 	}
-	return errors.Join(errs...)
+	defer cancel()
+	return errors.Join(n.release(first, part.Receiver), n.release(ctx, part.Keeper))
+}
+
+func (n neighbours) release(ctx context.Context, name string) error {
+	err := localcall.Call(ctx, n.paths.Socket(name), keepercall.Release, nil, nil)
+	var answer *localcall.Error
+	if errors.As(err, &answer) || ctx.Err() != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
 }
 
 // checkFile remembers by its existence that the file system must be checked.

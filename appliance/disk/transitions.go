@@ -86,6 +86,9 @@ func (d *Disk) open(ctx context.Context) (err error) {
 	}
 	if node == "" {
 		if node, err = d.unlock(ctx, dev); err != nil {
+			// A child that was killed between making the mapping and saying so
+			// leaves it behind, and the key in the kernel with it.
+			err = errors.Join(err, d.lock(dev))
 			if kindOf(err) == status.ErrorHung {
 				err = errors.Join(err, d.darken(dev))
 			}
@@ -279,7 +282,7 @@ func (d *Disk) health() error {
 
 // release asks the neighbours to let go of the disk.
 func (d *Disk) release() {
-	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*releaseTimeout)
 	defer cancel()
 	if err := d.cfg.Neighbours.Release(ctx); err != nil {
 		d.cfg.Log.Warn("a part does not let go of the disk", "err", err)
@@ -410,8 +413,10 @@ func (d *Disk) dropDisk(why error) error {
 		if err := d.bounded(stepTimeout, "take the file system away", func() error { return d.cfg.System.Abandon(false) }); err != nil {
 			errs = append(errs, err)
 		}
-		d.release()
 	}
+	// Also when nothing is mounted any more: who kept files of a file system that
+	// was taken away holds the mapping, and would keep the next from being made.
+	d.release()
 	// The power before the mapping: a hung disk answers nothing until the
 	// kernel sees that it is gone, and only then are its users let go.
 	cut := d.cut(dev)
