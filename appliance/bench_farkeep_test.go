@@ -1,0 +1,234 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"farkeep/appliance/localcall"
+	"farkeep/appliance/part"
+	"farkeep/appliance/status"
+	"farkeep/shared/identity"
+	"farkeep/shared/secret"
+	"farkeep/shared/settings"
+
+	"golang.org/x/sys/unix"
+)
+
+// benchAppliance is an appliance's receiver and keeper, each a confined process
+// with its own user as in the field, on the loopback interface; and the pusher.
+// The disk is a tmpfs that is always mounted: what is compared is programs, not
+// disks.
+type benchAppliance struct {
+	paths   part.Paths
+	port    int
+	hostKey string // public
+	pushKey string // public
+	key     string // the pusher's identity, a file
+	pusher  string // the program
+	parts   []int  // pids of keeper and receiver
+}
+
+// buildPrograms builds the programs as "make all" does, into dir.
+func buildPrograms(b *testing.B, dir string, names ...string) {
+	b.Helper()
+	for _, name := range names {
+		cmd := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(dir, "farkeep-"+name), "farkeep/"+name)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			b.Fatalf("build %s: %v\n%s", name, err, out)
+		}
+	}
+}
+
+func newIdentity(b *testing.B, name string) (private secret.Text, public string) {
+	b.Helper()
+	private, public, err := identity.New(name)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return private, strings.TrimSpace(public)
+}
+
+// freePort is a TCP port of the loopback interface that nobody uses.
+func freePort(b *testing.B) int {
+	b.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+func startAppliance(b *testing.B, dir string) *benchAppliance {
+	b.Helper()
+	a := &benchAppliance{
+		paths: part.Paths{Run: filepath.Join(dir, "run"), State: filepath.Join(dir, "state"), Media: filepath.Join(dir, "media")},
+		port:  freePort(b), key: filepath.Join(dir, "push_key"), pusher: filepath.Join(dir, "farkeep-pusher"),
+	}
+	buildPrograms(b, dir, "pusher", "appliance")
+	host, hostKey := newIdentity(b, "attic")
+	private, pushKey := newIdentity(b, "home")
+	a.hostKey, a.pushKey = hostKey, pushKey
+	must(b, os.WriteFile(a.key, []byte(private.Reveal()), 0o600))
+	s := &settings.Appliance{
+		Name: "attic", Identity: settings.Identity{HostKey: host}, VPN: settings.VPN{Interface: "lo"},
+		Receiver: settings.Receiver{Port: a.port, Keys: []settings.ReceiverKey{{Name: "home", Role: "push", PublicKey: pushKey, Repositories: []string{"*"}}}},
+	}
+	h := part.Header{Host: s.Name, Paths: a.paths}
+	must(b, (&system{header: h}).makeFolders())
+	mountTmpfs(b, a.paths.Disk())
+	must(b, os.Chown(a.paths.Disk(), part.KeeperUID, part.KeeperUID)) // as the disk part does
+	a.playDisk(b)
+	for _, name := range []string{part.Keeper, part.Receiver} {
+		a.startPart(b, filepath.Join(dir, "farkeep-appliance"), name, h, s)
+	}
+	await(b, "the keeper has the disk", func() bool {
+		k, err := status.Read[status.Keeper](a.paths.Status(part.Keeper))
+		return err == nil && k != nil && k.DiskReady
+	})
+	await(b, "the receiver listens", func() bool {
+		r, err := status.Read[status.Receiver](a.paths.Status(part.Receiver))
+		return err == nil && r != nil && r.Listening
+	})
+	return a
+}
+
+// playDisk stands in for the disk part: a disk that is mounted and stays so.
+func (a *benchAppliance) playDisk(b *testing.B) {
+	b.Helper()
+	must(b, status.Write(a.paths.Status(part.Disk), status.Disk{State: status.DiskMounted, Power: true, Unlocked: true, Mounted: true, Since: time.Now(), Updated: time.Now()}))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- localcall.Serve(ctx, a.paths.Socket(part.Disk), []uint32{part.ReceiverUID}, func(_ context.Context, req localcall.Request, c *localcall.Conn) error {
+			switch req.Verb {
+			case "hold":
+				if err := c.Reply(nil); err != nil {
+					return err
+				}
+				_, err := io.Copy(io.Discard, c) // until the receiver lets go
+				return err
+			case "wake", "sleep":
+				return nil
+			}
+			return fmt.Errorf("unknown verb %q", req.Verb)
+		})
+	}()
+	b.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			b.Error(err)
+		}
+	})
+}
+
+// startPart starts a part as the supervisor does, who cannot be used here: it
+// waits for every child of this process, the benchmark's own included.
+func (a *benchAppliance) startPart(b *testing.B, bin, name string, h part.Header, s *settings.Appliance) {
+	b.Helper()
+	p, ok := findPart(name)
+	if !ok {
+		b.Fatalf("there is no part %s", name)
+	}
+	h.Name = name
+	if p.ports != nil {
+		h.Ports = p.ports(s)
+	}
+	briefOut, briefIn, err := os.Pipe()
+	must(b, err)
+	aliveOut, aliveIn, err := os.Pipe()
+	must(b, err)
+	log := &output{}
+	cmd := exec.Command(bin, "part", name)
+	cmd.Env, cmd.Stderr = []string{}, log
+	cmd.ExtraFiles = []*os.File{briefOut, aliveIn} // descriptors 3 and 4
+	cmd.SysProcAttr = p.profile(h).Attr()
+	must(b, cmd.Start())
+	a.parts = append(a.parts, cmd.Process.Pid)
+	briefOut.Close()
+	aliveIn.Close()
+	b.Cleanup(func() {
+		err := cmd.Process.Signal(unix.SIGTERM)
+		if ended := cmd.Wait(); err != nil || ended != nil {
+			b.Errorf("part %s: %v, %v", name, err, ended)
+		}
+		aliveOut.Close()
+		if b.Failed() {
+			b.Logf("log of %s:\n%s", name, log)
+		}
+	})
+	go io.Copy(io.Discard, aliveOut)
+	must(b, part.Send(briefIn, h, p.brief(s)))
+	must(b, briefIn.Close())
+}
+
+// site is a pusher's configuration for one repository, with a memory of its own.
+type benchSite struct {
+	appliance  *benchAppliance
+	dir        string
+	repository string
+}
+
+func (a *benchAppliance) site(b *testing.B, dir, repository, source string) *benchSite {
+	b.Helper()
+	s := &benchSite{a, dir, repository}
+	must(b, os.MkdirAll(dir, 0o700))
+	_, keys := newIdentity(b, "keys")
+	_, client := newIdentity(b, "client")
+	text := fmt.Sprintf(`name = "bench"
+[home]
+name = "home"
+push_key = %q
+[[key_server]]
+name = "keys"
+address = "127.0.0.1:9"
+host_key = %q
+[[appliance]]
+name = "attic"
+board = "service"
+address = "127.0.0.1:%d"
+host_key = %q
+client_key = %q
+[[repository]]
+name = %q
+path = %q
+`, a.pushKey, keys, a.port, a.hostKey, client, repository, source)
+	must(b, os.WriteFile(filepath.Join(dir, "site.toml"), []byte(text), 0o600))
+	return s
+}
+
+// push runs the pusher; result is the word that it must report.
+func (s *benchSite) push(b *testing.B, result string) cost {
+	b.Helper()
+	// At normal priority: rsync has no other.
+	cmd := exec.Command(s.appliance.pusher, "push", "--priority", "normal", "--site", filepath.Join(s.dir, "site.toml"),
+		"--identity", s.appliance.key, "--state", filepath.Join(s.dir, "state"))
+	c, out := measure(b, cmd, s.appliance.parts...)
+	for line := range strings.Lines(out) {
+		if f := strings.Fields(line); len(f) > 3 && f[1] == s.repository && f[2] == result {
+			return c
+		}
+	}
+	b.Fatalf("%s is not %s:\n%s", s.repository, result, out)
+	return c
+}
+
+// generation is the folder of the newest generation, of which there must be n.
+func (s *benchSite) generation(b *testing.B, n int) string {
+	b.Helper()
+	all, err := filepath.Glob(filepath.Join(s.appliance.paths.Disk(), "generations", s.repository, "*-*"))
+	must(b, err)
+	if len(all) != n {
+		b.Fatalf("the disk has %d generations of %s, want %d", len(all), s.repository, n)
+	}
+	return all[n-1]
+}

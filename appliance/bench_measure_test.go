@@ -1,0 +1,216 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func must(b *testing.B, err error) {
+	b.Helper()
+	if err != nil {
+		b.Fatal(err)
+	}
+}
+
+// await waits until ok, for half a minute at most.
+func await(b *testing.B, what string, ok func() bool) {
+	b.Helper()
+	for limit := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(limit) {
+			b.Fatalf("%s: that did not happen within 30 s", what)
+		}
+	}
+}
+
+// benchDir makes a folder that every user may enter.
+func benchDir(b *testing.B) string {
+	b.Helper()
+	if os.Geteuid() != 0 {
+		b.Fatal("run this benchmark as root: it mounts a tmpfs, and the appliance's parts get users of their own")
+	}
+	dir := b.TempDir()
+	for d := dir; d != "/" && d != os.TempDir(); d = filepath.Dir(d) {
+		must(b, os.Chmod(d, 0o755))
+	}
+	return dir
+}
+
+func mountTmpfs(b *testing.B, dir string) {
+	b.Helper()
+	must(b, os.MkdirAll(dir, 0o755))
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=3g,mode=755"); err != nil {
+		b.Fatalf("mount a tmpfs on %s: %v", dir, err)
+	}
+	b.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+}
+
+// cost is what one run of a program took, on both sides.
+type cost struct {
+	wall                   time.Duration
+	clientCPU, serverCPU   time.Duration // user and system
+	clientPeak, serverPeak int64         // bytes: the processes' peaks (VmHWM), added up
+}
+
+func (c cost) cpu() time.Duration { return c.clientCPU + c.serverCPU }
+
+// measure runs the client and charges it for its descendants. The servers run
+// before and after; what they, and those of their descendants that have ended by then,
+// used meanwhile is the server's share.
+func measure(b *testing.B, cmd *exec.Cmd, servers ...int) (cost, string) {
+	b.Helper()
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	before := cpuOf(b, servers)
+	start := time.Now()
+	must(b, cmd.Start())
+	// Peaks are sampled: the kernel's own record of an ended process (ru_maxrss)
+	// counts what its parent had before it became another program.
+	stop, sampled := make(chan struct{}), make(chan struct{})
+	client, server := peaks{}, peaks{}
+	go func() {
+		defer close(sampled)
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			client.sample(cmd.Process.Pid)
+			for _, pid := range servers {
+				server.sample(pid)
+			}
+			select {
+			case <-stop:
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	err := cmd.Wait()
+	c := cost{wall: time.Since(start)}
+	close(stop)
+	<-sampled
+	if err != nil {
+		b.Fatalf("%s: %v\n%s%s", cmd, err, out.Bytes(), errOut.Bytes())
+	}
+	await(b, "the server's children end", func() bool {
+		return !slices.ContainsFunc(servers, func(pid int) bool { return len(children(pid)) > 0 })
+	})
+	c.clientCPU = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	c.serverCPU = cpuOf(b, servers) - before
+	c.clientPeak, c.serverPeak = client.sum(), server.sum()
+	return c, out.String()
+}
+
+// cpuOf adds up what the processes and their ended children have used
+// (proc(5), /proc/pid/stat, fields 14 to 17, in ticks of 10 ms).
+func cpuOf(b *testing.B, pids []int) (sum time.Duration) {
+	b.Helper()
+	for _, pid := range pids {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		must(b, err)
+		// The name, field 2, may hold anything but ends at the last parenthesis.
+		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+		for _, f := range fields[11:15] {
+			n, err := strconv.ParseInt(f, 10, 64)
+			must(b, err)
+			sum += time.Duration(n) * 10 * time.Millisecond
+		}
+	}
+	return sum
+}
+
+// peaks are the most memory that processes had, in bytes by pid.
+type peaks map[int]int64
+
+func (p peaks) sample(pid int) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return // it has ended
+	}
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			var kib int64
+			if _, err := fmt.Sscanf(rest, "%d kB", &kib); err == nil {
+				p[pid] = kib << 10
+			}
+		}
+	}
+	for _, child := range children(pid) {
+		p.sample(child)
+	}
+}
+
+func (p peaks) sum() (n int64) {
+	for _, v := range p {
+		n += v
+	}
+	return n
+}
+
+// children are the processes that the first thread of pid started.
+func children(pid int) (pids []int) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return nil
+	}
+	for _, f := range strings.Fields(string(text)) {
+		if n, err := strconv.Atoi(f); err == nil {
+			pids = append(pids, n)
+		}
+	}
+	return pids
+}
+
+// sums are what b2sum says of the files below dir, sorted by path.
+func sums(b *testing.B, dir string) string {
+	b.Helper()
+	var names []string
+	must(b, fs.WalkDir(os.DirFS(dir), ".", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			names = append(names, path)
+		}
+		return err
+	}))
+	if len(names) == 0 {
+		b.Fatalf("%s is empty", dir)
+	}
+	slices.Sort(names)
+	cmd := exec.Command("xargs", "-0", "b2sum", "-l", "256", "--")
+	cmd.Dir, cmd.Stdin = dir, strings.NewReader(strings.Join(names, "\x00"))
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		b.Fatalf("b2sum in %s: %v: %s", dir, err, exit.Stderr)
+	}
+	must(b, err)
+	return string(out)
+}
+
+// sameFiles fails the benchmark unless both folders hold the same files.
+func sameFiles(b *testing.B, want, dir string) {
+	b.Helper()
+	if got := sums(b, dir); got != want {
+		b.Fatalf("%s does not hold what the source holds: %d and %d bytes of sums", dir, len(got), len(want))
+	}
+}
+
+// sameGeneration is sameFiles for a generation, whose own list must hold too.
+func sameGeneration(b *testing.B, want, dir string) {
+	b.Helper()
+	sameFiles(b, want, filepath.Join(dir, "files"))
+	cmd := exec.Command("b2sum", "-l", "256", "--quiet", "-c", "SUMS.b2")
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		b.Fatalf("%s in %s: %v\n%s", cmd, dir, err, out)
+	}
+}
