@@ -86,6 +86,9 @@ const (
 	// retryAsk bounds the wait when only the key is missing: asking costs
 	// nothing, and the disk spins meanwhile.
 	retryAsk = 30 * time.Second
+	// refusedFactor stretches the wait after a refusal, which starts and stops
+	// the disk each time: a quarter of an hour in the end. "wake" does not wait.
+	refusedFactor = 3
 )
 
 // Device is a block device that carries the disk's LUKS header.
@@ -277,6 +280,10 @@ func (d *Disk) drive(ctx context.Context) error {
 			}
 		case wanted && !mounted:
 			err = d.open(ctx)
+			if err != nil && kindOf(err) == status.ErrorRefused {
+				// Only a person at home can undo that: dark until the next attempt.
+				err = errors.Join(err, d.close())
+			}
 		case wanted:
 			if err = d.health(); err != nil {
 				err = errors.Join(err, d.dropDisk(err))
@@ -288,6 +295,9 @@ func (d *Disk) drive(ctx context.Context) error {
 		if err != nil && !errors.Is(err, context.Canceled) {
 			d.fail(err)
 			wait = pace.NextBackOff()
+			if kindOf(err) == status.ErrorRefused {
+				wait *= refusedFactor // each attempt starts the disk
+			}
 			if kindOf(err) == status.ErrorUnreachable && wait > retryAsk {
 				wait = retryAsk - rand.N(retryAsk/3)
 			}

@@ -490,7 +490,7 @@ func TestErrors(t *testing.T) {
 	}{
 		{"missing", func(m *machine) { m.absent = true }, func(m *machine) { m.absent = false }, status.ErrorMissing, false},
 		{"unreachable", unlockFails(status.ErrorUnreachable), unlockWorks, status.ErrorUnreachable, true},
-		{"refused", unlockFails(status.ErrorRefused), unlockWorks, status.ErrorRefused, true},
+		{"refused", unlockFails(status.ErrorRefused), unlockWorks, status.ErrorRefused, false},
 		{"wrong key", unlockFails(status.ErrorWrongKey), unlockWorks, status.ErrorWrongKey, true},
 		{"bad header", unlockFails(status.ErrorBadHeader), unlockWorks, status.ErrorBadHeader, true},
 		{"does not read", unlockFails(status.ErrorHung), unlockWorks, status.ErrorHung, false},
@@ -525,6 +525,12 @@ func TestErrors(t *testing.T) {
 					t.Errorf("powered on %d times in an hour", n)
 				}
 				m.set(func() { tc.mend(m) })
+				if tc.kind == status.ErrorRefused {
+					if s.Power {
+						t.Error("refused, and powered all the same")
+					}
+					d.Wake() // the person who allowed it again does not wait for the next attempt
+				}
 				after(10 * time.Minute)
 				if s := want(t, d, status.DiskMounted); s.Error != "" || s.ErrorKind != "" || !s.FailingSince.IsZero() {
 					t.Errorf("after it was mended: %+v", s)

@@ -112,7 +112,7 @@ func TestMisfortunes(t *testing.T) {
 		if st.Disk.Unlocked {
 			w.Errorf("open without a key: %+v", st.Disk)
 		}
-		w.must(w.s.StartKeyServer(w.Context()))
+		w.must(w.s.StartKeyServer(t.Context())) // it outlives this subtest
 		w.mounted()
 	})
 	run("nothing answers on the LAN side", func(w *world) {
@@ -140,6 +140,8 @@ func TestMisfortunes(t *testing.T) {
 			w.Errorf("with a wrong key: %+v", st.Disk)
 		}
 		w.must(os.WriteFile(path, right, 0o600))
+		_, err = w.a.SSH(w.Context(), "home/pusher/ssh_key", "wake") // now, not after the back-off
+		w.must(err)
 		w.mounted()
 	})
 	run("disk pulled in the middle of a push", func(w *world) {
