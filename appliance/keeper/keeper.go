@@ -122,18 +122,33 @@ func Run(ctx context.Context, env *part.Env) error {
 // keeper came (back), frees pushes that idle, and reports.
 func (k *Keeper) step() error {
 	k.mu.Lock()
-	attached, closing := k.store != nil, k.closing
+	attached, closing, running := k.store != nil, k.closing, len(k.running)
 	k.mu.Unlock()
-	if !attached && !closing {
-		disk, err := status.Read[status.Disk](k.env.Paths.Status(part.Disk))
-		if err == nil && disk != nil && disk.State == status.DiskMounted && disk.Mounted {
-			if err := k.attach(); err != nil {
-				k.env.Log.Warn("the disk is mounted and cannot be used", "err", err)
-			}
+	var err error
+	switch {
+	case closing && running == 0:
+		// A release ran out of time, and the disk part may not ask again: an open
+		// file would keep the mapping alive, and with it the key in the kernel.
+		err = k.release()
+	case !attached && !closing && k.mounted():
+		err = k.attach()
+		// The disk part may have asked for the disk between the look and the
+		// attach, and was told that nobody has it.
+		if !k.mounted() {
+			err = errors.Join(err, k.release())
 		}
+	}
+	if err != nil {
+		k.env.Log.Warn("the disk", "err", err)
 	}
 	k.freeIdle(k.brief.Idle)
 	return k.report(false)
+}
+
+// mounted says whether the disk part says that the disk can be used.
+func (k *Keeper) mounted() bool {
+	disk, err := status.Read[status.Disk](k.env.Paths.Status(part.Disk))
+	return err == nil && disk != nil && disk.State == status.DiskMounted && disk.Mounted
 }
 
 // attach opens the store on the disk. It may be repeated.

@@ -520,7 +520,7 @@ func TestReleaseEndsWhatIsAtWork(t *testing.T) {
 func TestOnePushOfARepositoryAtATime(t *testing.T) {
 	b := start(t)
 	b.mount()
-	first, second := repo{"a": "1"}, repo{"b": "2"}
+	first, next := repo{"a": "1"}, repo{"b": "2"}
 	answer, need, err := b.offer("photos", first)
 	if err != nil {
 		t.Fatal(err)
@@ -532,7 +532,7 @@ func TestOnePushOfARepositoryAtATime(t *testing.T) {
 	}
 	// Another key may not.
 	b.args.Key = "barn"
-	if _, _, err := b.offer("photos", second); hint.Code(err) != hint.ExitUnreachable || !strings.Contains(err.Error(), "under way") {
+	if _, _, err := b.offer("photos", next); hint.Code(err) != hint.ExitUnreachable || !strings.Contains(err.Error(), "under way") {
 		t.Errorf("another key's push: %v", err)
 	}
 	if _, err := b.commit(answer.Push); err == nil {
@@ -542,13 +542,16 @@ func TestOnePushOfARepositoryAtATime(t *testing.T) {
 	// While an upload runs nobody may begin.
 	c := b.open(keepercall.Upload, b.with(func(a *keepercall.Args) { a.Push = answer.Push }))
 	e := recipe.NewEncoder(c)
-	if err := errors.Join(e.File(0), e.Flush()); err != nil {
+	if err := errors.Join(e.File(0), second(io.WriteString(e, "1")), e.Flush()); err != nil {
 		t.Fatal(err)
 	}
 	b.wait("the upload to run", func() bool {
-		_, _, err := b.offer("photos", second)
-		return err != nil && strings.Contains(err.Error(), "under way")
+		files, _ := os.ReadDir(filepath.Join(b.paths.Disk(), "incoming/photos/building"))
+		return len(files) == 1
 	})
+	if _, _, err := b.offer("photos", next); err == nil || !strings.Contains(err.Error(), "under way") {
+		t.Errorf("an offer while an upload runs: %v", err)
+	}
 	c.Close()
 	b.wait("the cut upload to end", func() bool {
 		answer, need, err = b.offer("photos", first)

@@ -185,6 +185,8 @@ func verify(ctx context.Context, c *call) error {
 	// still there: without them the disk would be read, and kept open, for nobody.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	// A peer that does not read must not keep the disk from closing.
+	defer context.AfterFunc(ctx, func() { c.conn.Close() })()
 	last := time.Now()
 	report, err := store.Verify(ctx, c.args.Repository, c.args.Generation, func(generations.Report) {
 		if time.Since(last) < 5*time.Second {
