@@ -126,8 +126,10 @@ func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, a
 	if input {
 		// The goroutine ends with the session's channel, which the server closes
 		// when this function returns: a read from a peer cannot be interrupted.
+		// The keeper knows when it waits for the peer and for how long it may: an
+		// offer that it thinks about for minutes is not the peer's stall.
 		go func() {
-			if _, err := io.Copy(call, s.Stdin); err != nil {
+			if _, err := io.Copy(call, s.Patient()); err != nil {
 				call.Close() // half an upload must not look like a whole one
 				return
 			}

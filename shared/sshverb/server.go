@@ -25,6 +25,7 @@ type Limits struct {
 	Handshake   time.Duration // TCP accept to authenticated; default 20s
 	Idle        time.Duration // without a byte from the peer, keepalives included; default 2m
 	Stall       time.Duration // a session waiting for the peer to send or take data; default 2m
+	Grace       time.Duration // from the end of a session to that of its connection, if the handler still waits for the peer; default 5s
 }
 
 func (l Limits) withDefaults() Limits {
@@ -42,6 +43,7 @@ func (l Limits) withDefaults() Limits {
 	def(&l.Handshake, 20*time.Second)
 	def(&l.Idle, 2*time.Minute)
 	def(&l.Stall, 2*time.Minute)
+	def(&l.Grace, 5*time.Second)
 	return l
 }
 
@@ -83,6 +85,10 @@ type Session struct {
 
 	channel ssh.Channel
 }
+
+// Patient reads like Stdin, but without the limit on a stalled peer: for handlers
+// that know better whether it is the peer's turn.
+func (s *Session) Patient() io.Reader { return s.channel }
 
 // ReadWriteCloser joins Stdin and Stdout, for subsystems.
 func (s *Session) ReadWriteCloser() io.ReadWriteCloser {
@@ -211,13 +217,18 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerC
 		sessions.Add(1)
 		go func() {
 			defer func() { <-slots; sessions.Done() }()
-			s.serveSession(ctx, session, channelRequests, limits)
+			s.serveSession(ctx, session, channelRequests, limits, func() { conn.Close() })
+			// The place is free when the peer has closed the channel as well: until
+			// then what it sent into it takes memory, and a peer that never closes
+			// any would get ever more.
+			ssh.DiscardRequests(channelRequests)
 		}()
 	}
 }
 
 // serveSession waits for the one request that names the work, and does it.
-func (s *Server) serveSession(ctx context.Context, session *Session, requests <-chan *ssh.Request, limits Limits) {
+// hangUp closes the connection.
+func (s *Server) serveSession(ctx context.Context, session *Session, requests <-chan *ssh.Request, limits Limits, hangUp func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer session.channel.Close()
@@ -264,12 +275,12 @@ func (s *Server) serveSession(ctx context.Context, session *Session, requests <-
 			ssh.DiscardRequests(requests)
 			cancel()
 		}()
-		s.run(ctx, cancel, handler, session, limits)
+		s.run(ctx, cancel, handler, session, limits, hangUp)
 		return
 	}
 }
 
-func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Handler, session *Session, limits Limits) {
+func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Handler, session *Session, limits Limits, hangUp func()) {
 	ch := session.channel
 	guard := &stallGuard{limit: limits.Stall, expire: func() {
 		session.Log.Warn("the peer stalled, its session ends", "verb", session.Verb, "after", limits.Stall)
@@ -279,7 +290,17 @@ func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Han
 	session.Stdin = guard.reader(ch)
 	session.Stdout = guard.writer(ch)
 	session.Stderr = guard.writer(ch.Stderr())
-	stop := context.AfterFunc(ctx, func() { ch.Close() })
+	// Closing a channel asks the peer to close it; reads and writes of this side
+	// return only when it did. A peer whose line is dead does not: then the whole
+	// connection goes.
+	done := make(chan struct{})
+	defer close(done)
+	stop := context.AfterFunc(ctx, func() {
+		late := time.AfterFunc(limits.Grace, hangUp)
+		defer late.Stop()
+		ch.Close()
+		<-done
+	})
 	defer stop()
 
 	started := time.Now()

@@ -79,6 +79,10 @@ func startServer(t *testing.T, limits sshverb.Limits) *testServer {
 				return &sshverb.Error{Code: hint.ExitRefused, Text: "refused", Hint: "ask nicely", Err: errors.New("the secret reason")}
 			case "panic":
 				panic("on purpose")
+			case "think":
+				time.Sleep(100 * time.Millisecond) // the peer waits meanwhile
+				_, err := io.Copy(s.Stdout, s.Patient())
+				return err
 			case "wait":
 				<-ctx.Done()
 				ts.stalled <- struct{}{}
@@ -187,6 +191,65 @@ func TestStalledPeerFreesItsSession(t *testing.T) {
 	}
 	defer d.Close()
 	<-ts.stalled // nothing is sent, the server gives up by itself
+}
+
+// A handler may be the one that takes its time.
+func TestPatientReader(t *testing.T) {
+	ts := startServer(t, sshverb.Limits{Stall: 20 * time.Millisecond})
+	d, err := ts.dial(t).Start(t.Context(), "think")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	time.AfterFunc(200*time.Millisecond, func() {
+		io.WriteString(d.Stdin, "at last")
+		d.Stdin.Close()
+	})
+	if out, err := io.ReadAll(d.Stdout); string(out) != "at last" || err != nil {
+		t.Errorf("%q, %v", out, err)
+	}
+}
+
+// deaf is a line that goes dead in one direction.
+type deaf struct {
+	net.Conn
+	dead chan struct{}
+}
+
+func (c *deaf) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	select {
+	case <-c.dead:
+		<-make(chan struct{})
+	default:
+	}
+	return n, err
+}
+
+// A peer that does not answer the end of its session loses the connection: the
+// handler that waits for its bytes must not wait until the line is found dead.
+func TestDeadLineFreesItsSession(t *testing.T) {
+	ts := startServer(t, sshverb.Limits{Stall: 50 * time.Millisecond, Grace: 50 * time.Millisecond})
+	line := &deaf{dead: make(chan struct{})}
+	c, err := sshverb.Dial(t.Context(), sshverb.Peer{Address: ts.addr, Identity: ts.client, HostKey: ts.host.PublicKey(),
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+			line.Conn = conn
+			return line, err
+		}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer line.Conn.Close()
+	if _, err := c.Start(t.Context(), "echo"); err != nil {
+		t.Fatal(err)
+	}
+	close(line.dead)
+	select {
+	case <-ts.stalled:
+	case <-time.After(10 * time.Second):
+		t.Error("the handler still waits for a peer that is gone")
+	}
 }
 
 func TestVanishedPeerFreesItsSession(t *testing.T) {
