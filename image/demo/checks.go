@@ -19,6 +19,7 @@ import (
 	"farkeep/image/mailsink"
 	"farkeep/image/stage"
 	"farkeep/shared/pushwire"
+	"farkeep/shared/secret"
 )
 
 // push runs the pusher, which must succeed.
@@ -168,64 +169,118 @@ func (d *show) checkBorg(ctx context.Context, what string, b *borg, copied strin
 	})
 }
 
-// outside reads the barn's disk as a stranger with the recovery key would: no
-// appliance, no key server, stock tools for everything but the decryption, which
-// this machine's kernel may not be able to do.
-func (d *show) outside(ctx context.Context) error {
-	plain := filepath.Join(d.dir, "barn.plain")
-	if err := d.step("decrypt, e2fsck, and copy the generations out with debugfs", func() error {
-		key, err := os.ReadFile(filepath.Join(d.s.Site, "operator", d.barn.LUKS+".recovery.key"))
+// outside reads an appliance's disk as a stranger with the recovery key would:
+// no appliance, no key server, stock tools for everything but the decryption,
+// which this machine's kernel may not be able to do. It returns the folder of
+// generations that came out.
+func (d *show) outside(ctx context.Context, a *stage.Appliance) (string, error) {
+	dump := filepath.Join(d.dir, "outside", a.Name)
+	err := d.step("decrypt the disk of "+a.Name+", e2fsck it, copy the generations out with debugfs", func() error {
+		key, err := os.ReadFile(d.recoveryKey(a))
 		if err != nil {
 			return err
 		}
-		if err := luksfile.Decrypt(ctx, d.barn.Disk, key, plain); err != nil {
+		plain := filepath.Join(d.dir, a.Name+".plain")
+		if err := luksfile.Decrypt(ctx, a.Disk, key, plain); err != nil {
+			return err
+		}
+		// The power was cut while it was mounted: the journal is replayed first, as
+		// mounting it would.
+		_, err = d.s.Run(ctx, "e2fsck", "-p", plain)
+		var corrected *stage.CommandError
+		if errors.As(err, &corrected) && corrected.Code() == 1 {
+			err = nil
+		}
+		if err != nil {
 			return err
 		}
 		if _, err := d.s.Run(ctx, "e2fsck", "-fn", plain); err != nil {
 			return err
 		}
-		out := filepath.Join(d.dir, "outside")
-		if err := os.MkdirAll(out, 0o700); err != nil {
+		if err := os.MkdirAll(dump, 0o700); err != nil {
 			return err
 		}
-		_, err = d.s.Run(ctx, "debugfs", "-R", fmt.Sprintf("rdump /generations %s", out), plain)
+		_, err = d.s.Run(ctx, "debugfs", "-R", fmt.Sprintf("rdump /generations %s", dump), plain)
 		return err
-	}); err != nil {
-		return err
-	}
-	generations, err := filepath.Glob(filepath.Join(d.dir, "outside", "generations", "media", "*-*Z"))
-	if err != nil || len(generations) != 1 {
-		return fmt.Errorf("generations of media on the disk: %v, %v", generations, err)
-	}
-	files := filepath.Join(generations[0], "files")
-	if err := d.step("b2sum -c every file of the generation", func() error {
-		_, err := d.s.Run(ctx, "sh", "-c", fmt.Sprintf("cd '%s' && b2sum -l 256 --quiet -c SUMS.b2", generations[0]))
-		return err
-	}); err != nil {
-		return err
-	}
-	return d.checkBorg(ctx, "borg check --verify-data it, extract it, compare it with the source", d.media, files)
+	})
+	return filepath.Join(dump, "generations"), err
 }
 
-// search looks for the LUKS keys wherever a thief could.
-func (d *show) search(ctx context.Context) error {
-	d.chapter("9. What the thief has")
-	return d.step("search the card and the disk of both for the keys, in any form", func() error {
-		if err := errors.Join(d.vault.CutPower(), d.barn.CutPower()); err != nil {
+// sums has b2sum check every file of every generation in a folder that outside
+// returned, and returns the generations' folders.
+func (d *show) sums(ctx context.Context, dump, repository string) ([]string, error) {
+	folders, err := filepath.Glob(filepath.Join(dump, repository, "[0-9]*-*Z"))
+	if err != nil {
+		return nil, err
+	}
+	return folders, d.step(fmt.Sprintf("b2sum -c every file of the %d generations of %s", len(folders), repository), func() error {
+		if len(folders) == 0 {
+			return errors.New("there is none")
+		}
+		for _, folder := range folders {
+			if _, err := d.s.Run(ctx, "sh", "-c", fmt.Sprintf("cd '%s' && b2sum -l 256 --strict --quiet -c SUMS.b2", folder)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// verified has the appliance itself read every generation again.
+func (d *show) verified(ctx context.Context, a *stage.Appliance, all []pushwire.Generation) error {
+	for _, g := range all {
+		text, err := a.SSH(ctx, "home/pusher/ssh_key", "verify", g.Repository, g.Name)
+		if err != nil {
 			return err
 		}
+		var answer pushwire.VerifyAnswer
+		if err := json.Unmarshal([]byte(text), &answer); err != nil {
+			return err
+		}
+		if len(answer.Bad) > 0 || answer.Files == 0 || answer.Bytes != g.Bytes {
+			return fmt.Errorf("verify %s %s: %+v", g.Repository, g.Name, answer)
+		}
+	}
+	return nil
+}
+
+func (d *show) recoveryKey(a *stage.Appliance) string {
+	return filepath.Join(d.s.Site, "operator", a.LUKS+".recovery.key")
+}
+
+// search looks for the LUKS keys, and for the volume key that they guard,
+// wherever a thief could.
+func (d *show) search(ctx context.Context) error {
+	d.chapter("9. What the thief has")
+	return d.step("search the cards and the disks for every key, in any form", func() error {
 		for _, a := range []*stage.Appliance{d.vault, d.barn} {
-			for _, path := range []string{
-				filepath.Join(d.s.KeyServerSecrets(), "keys", a.LUKS+".key"),
-				filepath.Join(d.s.Site, "operator", a.LUKS+".recovery.key"),
-			} {
+			header, err := luksfile.Header(a.Disk)
+			if err != nil {
+				return err
+			}
+			var keys [][]byte
+			for _, path := range []string{filepath.Join(d.s.KeyServerSecrets(), "keys", a.LUKS+".key"), d.recoveryKey(a)} {
 				key, err := os.ReadFile(path)
 				if err != nil {
 					return err
 				}
+				volume, err := luksfile.VolumeKey(header, secret.New(bytes.Clone(key)))
+				if err != nil {
+					return err
+				}
+				keys = append(keys, key, volume.Reveal())
+			}
+			for _, key := range keys {
+				if err := d.findsPlanted(ctx, key); err != nil {
+					return err
+				}
 				for _, image := range []string{a.Card, a.Disk} {
-					if err := searchFile(ctx, image, key); err != nil {
+					found, err := searchFile(ctx, image, key)
+					if err != nil {
 						return err
+					}
+					if found {
+						return fmt.Errorf("%s holds a key", image)
 					}
 				}
 			}
@@ -234,36 +289,63 @@ func (d *show) search(ctx context.Context) error {
 	})
 }
 
-// searchFile fails when the file holds the key, or half of it, raw, in
+// findsPlanted makes sure that the search finds a key that is there, also where
+// two reads meet.
+func (d *show) findsPlanted(ctx context.Context, key []byte) error {
+	path := filepath.Join(d.dir, "planted")
+	for _, form := range [][]byte{key, []byte(hex.EncodeToString(key)), []byte(base64.StdEncoding.EncodeToString(key))} {
+		if err := os.WriteFile(path, append(make([]byte, searchBlock-len(form)/2), form...), 0o600); err != nil {
+			return err
+		}
+		found, err := searchFile(ctx, path, key)
+		if err = errors.Join(err, os.Remove(path)); err != nil {
+			return err
+		}
+		if !found {
+			return errors.New("the search does not find a key that is there")
+		}
+	}
+	return nil
+}
+
+// searchBlock is how much of a file the search looks at in one go, in bytes.
+const searchBlock = 4 << 20
+
+// searchFile says whether the file holds the key, or half of it, raw, in
 // hexadecimal or in base64.
-func searchFile(ctx context.Context, path string, key []byte) error {
+func searchFile(ctx context.Context, path string, key []byte) (bool, error) {
 	if len(key) < 32 {
-		return fmt.Errorf("a key of %d bytes would be found anywhere", len(key))
+		return false, fmt.Errorf("half of a key of %d bytes would be found by chance", len(key))
 	}
 	half := key[:len(key)/2]
-	needles := [][]byte{half, key[len(key)/2:], []byte(hex.EncodeToString(half)), []byte(strings.ToUpper(hex.EncodeToString(half))), []byte(base64.StdEncoding.EncodeToString(key)[:40])}
+	needles := [][]byte{
+		half, key[len(key)/2:],
+		[]byte(hex.EncodeToString(half)), []byte(strings.ToUpper(hex.EncodeToString(half))),
+		[]byte(base64.StdEncoding.EncodeToString(key)[:40]),
+	}
 	f, err := os.Open(path)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer f.Close()
-	const overlap = 256
-	buf := make([]byte, overlap+4<<20)
+	const overlap = 256 // longer than any needle
+	buf := make([]byte, overlap+searchBlock)
 	kept := 0
 	for ctx.Err() == nil {
 		n, err := io.ReadFull(f, buf[kept:])
-		for i, needle := range needles {
-			if bytes.Contains(buf[:kept+n], needle) {
-				return fmt.Errorf("%s holds a LUKS key (form %d)", path, i)
+		seen := buf[:kept+n]
+		for _, needle := range needles {
+			if bytes.Contains(seen, needle) {
+				return true, nil
 			}
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return false, nil
 		}
 		if err != nil {
-			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				return nil
-			}
-			return err
+			return false, err
 		}
-		kept = copy(buf, buf[len(buf)-overlap:])
+		kept = copy(buf, seen[len(seen)-overlap:])
 	}
-	return ctx.Err()
+	return false, ctx.Err()
 }
