@@ -415,7 +415,8 @@ func TestSpace(t *testing.T) {
 }
 
 func TestQuota(t *testing.T) {
-	s := open(t, t.TempDir(), generations.Options{})
+	dir := t.TempDir()
+	s := open(t, dir, generations.Options{})
 	try := func(repository string, day tree, quota int64) (*generations.Transaction, error) {
 		list, offer := day.manifest(t)
 		answer, tx, err := s.Begin(t.Context(), generations.Request{Repository: repository, Offer: offer, Pusher: "home", Quota: quota})
@@ -451,6 +452,28 @@ func TestQuota(t *testing.T) {
 	}
 	if _, err := try("photos", names, 50_000); !errors.As(err, &over) || over.Needs < 70_000 {
 		t.Errorf("a hundred long names: %v", err)
+	}
+	// Nor does a list that was refused stay: it may be gigabytes.
+	refused := func(what string) {
+		t.Helper()
+		for _, name := range []string{"MANIFEST", ".MANIFEST.new"} {
+			if _, err := os.Stat(filepath.Join(dir, "incoming/photos", name)); err == nil {
+				t.Errorf("%s: %s stays", what, name)
+			}
+		}
+	}
+	refused("refused by its plan")
+	if _, err := try("photos", names, 10_000); !errors.As(err, &over) {
+		t.Errorf("a list that is over the quota: %v", err)
+	}
+	refused("refused while it was read")
+	// A file whose mode changes cannot share the old one's inode.
+	day = day.clone()
+	f := day["a"]
+	f.mode |= 0o111
+	day["a"] = f
+	if _, err := try("photos", day, used+999); !errors.As(err, &over) || over.Needs != 1000+lists {
+		t.Errorf("another mode, over the quota: %v", err)
 	}
 }
 

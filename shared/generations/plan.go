@@ -108,6 +108,7 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 		case c.Relation == manifest.Unchanged && !t.distrusted[e.Sum]:
 			if filePerm(c.Old.Mode) != filePerm(e.Mode) {
 				cost.file(e.Size) // cannot share an inode: a copy
+				newBytes += e.Size
 			}
 		case there.use(objects, e):
 			newBytes += e.Size

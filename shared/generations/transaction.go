@@ -280,11 +280,13 @@ func (t *Transaction) takeManifest(ctx context.Context, r io.Reader) (Answer, er
 		return Answer{}, err
 	}
 	defer f.Close()
-	if err := t.copyManifest(ctx, r, f); err != nil {
-		return Answer{}, err
+	err = t.copyManifest(ctx, r, f)
+	if err == nil {
+		err = f.Sync()
 	}
-	if err := f.Sync(); err != nil {
-		return Answer{}, err
+	if err != nil {
+		// It may be gigabytes, which no quota counts.
+		return Answer{}, errors.Join(err, t.dir.Remove(newManifest))
 	}
 	var random [8]byte
 	rand.Read(random[:])
@@ -294,7 +296,14 @@ func (t *Transaction) takeManifest(ctx context.Context, r io.Reader) (Answer, er
 	if err := t.dir.Rename(newManifest, t.dir, ManifestFile); err != nil {
 		return Answer{}, err
 	}
-	return t.plan(ctx)
+	answer, err := t.plan(ctx)
+	var space *SpaceError
+	var quota *QuotaError
+	if errors.As(err, &space) || errors.As(err, &quota) {
+		// Nor may a list of what is refused stay.
+		err = errors.Join(err, t.dir.Remove(ManifestFile))
+	}
+	return answer, err
 }
 
 // copyManifest writes the manifest to f as it is checked.
@@ -304,9 +313,21 @@ func (t *Transaction) copyManifest(ctx context.Context, r io.Reader, f *os.File)
 	if err != nil {
 		return err
 	}
-	room := min(free, 64+t.req.Offer.Entries*int64(manifest.MaxEntry))
+	const frame = 64 // magic and end
+	room := min(free, frame+t.req.Offer.Entries*int64(manifest.MaxEntry))
+	var over error = &SpaceError{What: "bytes", Needs: room, Has: free, Reserve: reserve}
+	if t.req.Quota > 0 {
+		used, err := t.store.stored(ctx, t.req.Pusher, t.req.Repository)
+		if err != nil {
+			return err
+		}
+		// The list counts for the quota as well, at more than its size (cost.entry).
+		if left := max(t.req.Quota-used, 0) + frame; left < room {
+			room, over = left, &QuotaError{Key: t.req.Pusher, Quota: t.req.Quota, Used: used, Needs: left + 1}
+		}
+	}
 	w := bufio.NewWriterSize(f, 256<<10)
-	m := manifest.NewReader(io.TeeReader(&limitReader{r: r, left: room, err: &SpaceError{What: "bytes", Needs: room, Has: free, Reserve: reserve}}, w))
+	m := manifest.NewReader(io.TeeReader(&limitReader{r: r, left: room, err: over}, w))
 	for {
 		if m.Index()%1024 == 0 && ctx.Err() != nil {
 			return ctx.Err()

@@ -43,7 +43,7 @@ func (r *Report) bad(path, format string, args ...any) {
 // Verify reads a whole generation from the disk and compares it with the hashes
 // that were taken at the source; it also finds files that do not belong there. The
 // error is nil when everything could be checked, whatever the Report says.
-// progress, which may be nil, is called now and then.
+// progress, which may be nil, is called after every entry.
 func (s *Store) Verify(ctx context.Context, repository, name string, progress func(Report)) (*Report, error) {
 	r, err := s.verify(ctx, repository, name, progress)
 	if err != nil {
@@ -134,7 +134,7 @@ func (v *verification) run(dir *beneath.Dir, g *Generation) error {
 		if err := v.entry(&e); err != nil {
 			return err
 		}
-		if v.progress != nil && list.Index()%1024 == 0 {
+		if v.progress != nil {
 			v.progress(*v.report)
 		}
 	}
