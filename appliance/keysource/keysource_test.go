@@ -160,6 +160,45 @@ func newIdentity(t *testing.T) (ssh.Signer, string) {
 	return signer, public
 }
 
+// deadLine forwards one connection to address, and nothing that comes back from
+// there once dead is closed.
+func deadLine(t *testing.T, address string, dead <-chan struct{}) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		near, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer near.Close()
+		far, err := net.Dial("tcp", address)
+		if err != nil {
+			return
+		}
+		defer far.Close()
+		go func() {
+			buf := make([]byte, 4096)
+			for {
+				n, err := far.Read(buf)
+				if err != nil {
+					return
+				}
+				select {
+				case <-dead:
+				default:
+					near.Write(buf[:n])
+				}
+			}
+		}()
+		io.Copy(far, near)
+	}()
+	return l.Addr().String()
+}
+
 func TestServer(t *testing.T) {
 	key := bytes.Repeat([]byte{0, '\n', 0xff, 'k'}, 16)
 	give := func(b []byte) sshverb.Handler {
@@ -237,6 +276,29 @@ func TestServer(t *testing.T) {
 		s.Address = "127.0.0.1:1"
 		if _, err := ask(t, s, id); err == nil || errors.Is(err, keysource.ErrRefused) {
 			t.Errorf("%v", err)
+		}
+	})
+	t.Run("goes dead while it is asked", func(t *testing.T) {
+		asked := make(chan struct{})
+		s, id := server(t, func(ctx context.Context, _ *sshverb.Session) error {
+			close(asked)
+			<-ctx.Done()
+			return nil
+		})
+		s.Address = deadLine(t, s.Address, asked)
+		src, err := keysource.NewServer(s, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { <-asked; cancel() }() // another server was faster
+		begin := time.Now()
+		if _, err := src.Key(ctx, uuid); err == nil {
+			t.Error("a key from nowhere")
+		}
+		if took := time.Since(begin); took > keysource.Answer/4 {
+			t.Errorf("held up the others by %v", took)
 		}
 	})
 	t.Run("bad host key in the settings", func(t *testing.T) {
