@@ -86,6 +86,7 @@ func Steps() []Step {
 		{"card", true, "find the card that the machine started from, by its signature", 60 * time.Second, findCard},
 		{"board", true, "refuse a board that this image was not built for", quick, checkBoard},
 		{"settings", true, "read farkeep.toml from the boot partition", quick, readSettings},
+		{"relay file", false, "have the boot loader hold the relay at the idle level that the settings name", quick, relayFile},
 		{"state", false, "check and mount the state partition; without it, state lives in RAM", 6 * time.Minute, mountState},
 		{"log file", false, "write the log to the state partition", quick, openLog},
 		{"folders", true, "make the parts' folders, each owned by its part", quick, folders},

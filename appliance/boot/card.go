@@ -159,7 +159,12 @@ func checkBoard(_ context.Context, m *Machine) error {
 
 // withSelector mounts the boot partition, calls f and unmounts it again: the
 // less it is mounted, the less a power cut can do to it.
-func (m *Machine) withSelector(writable bool, f func(dir string) error) (err error) {
+func (m *Machine) withSelector(writable bool, f func(dir string) error) error {
+	return withFAT(m.Card.Selector, writable, f)
+}
+
+// withFAT mounts one of the card's FAT partitions for f.
+func withFAT(device string, writable bool, f func(dir string) error) (err error) {
 	flags := uintptr(safe)
 	if !writable {
 		flags |= unix.MS_RDONLY
@@ -167,8 +172,8 @@ func (m *Machine) withSelector(writable bool, f func(dir string) error) (err err
 	if err := os.MkdirAll(selectorDir, 0o755); err != nil {
 		return fmt.Errorf("make %s: %w", selectorDir, err)
 	}
-	if err := unix.Mount(m.Card.Selector, selectorDir, "vfat", flags, "umask=0077"); err != nil {
-		return fmt.Errorf("mount the boot partition %s: %w", m.Card.Selector, err)
+	if err := unix.Mount(device, selectorDir, "vfat", flags, "umask=0077"); err != nil {
+		return fmt.Errorf("mount the boot partition %s: %w", device, err)
 	}
 	defer func() {
 		if uerr := unix.Unmount(selectorDir, 0); uerr != nil {
