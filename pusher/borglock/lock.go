@@ -172,6 +172,7 @@ func (l *Lock) exclusively(ctx context.Context, wait time.Duration, dead []Entry
 	if err != nil {
 		return fmt.Errorf("lock %s: %w", l.repository, err)
 	}
+	defer owner.close()
 	if err := l.enter(ctx, wait, owner, dead); err != nil {
 		return err
 	}
@@ -180,8 +181,7 @@ func (l *Lock) exclusively(ctx context.Context, wait time.Duration, dead []Entry
 			err = left
 		}
 	}()
-	path := filepath.Join(l.repository, rosterName)
-	r, err := readRoster(path)
+	r, err := readRoster(filepath.Join(l.repository, rosterName))
 	if err != nil {
 		return err
 	}
@@ -195,7 +195,7 @@ func (l *Lock) exclusively(ctx context.Context, wait time.Duration, dead []Entry
 	if err := change(r); err != nil {
 		return err
 	}
-	return r.write(path, owner)
+	return r.write(owner)
 }
 
 // enter takes lock.exclusive. The folder is made whole under another name and
@@ -204,7 +204,7 @@ func (l *Lock) exclusively(ctx context.Context, wait time.Duration, dead []Entry
 func (l *Lock) enter(ctx context.Context, wait time.Duration, owner owner, dead []Entry) error {
 	var suffix [6]byte
 	rand.Read(suffix[:])
-	made := filepath.Join(l.repository, exclusiveName+"."+hex.EncodeToString(suffix[:])+".tmp")
+	made := exclusiveName + "." + hex.EncodeToString(suffix[:]) + ".tmp"
 	if err := owner.mkdir(made); err != nil {
 		if errors.Is(err, unix.EROFS) {
 			return fmt.Errorf("lock %s: %w", l.repository, ErrReadOnly)
@@ -214,8 +214,8 @@ func (l *Lock) enter(ctx context.Context, wait time.Duration, owner owner, dead 
 	entry := filepath.Join(made, l.self.fileName())
 	defer func() {
 		// After the rename these are gone under their old names.
-		os.Remove(entry)
-		os.Remove(made)
+		owner.root.Remove(entry)
+		owner.root.Remove(made)
 	}()
 	if err := owner.create(entry, nil); err != nil {
 		return fmt.Errorf("lock %s: %w", l.repository, err)
@@ -229,7 +229,7 @@ func (l *Lock) enter(ctx context.Context, wait time.Duration, owner owner, dead 
 	start := time.Now()
 	wasEmpty := false
 	for {
-		err := renameNew(made, held)
+		err := renameNew(filepath.Join(l.repository, made), held)
 		if err == nil {
 			return nil
 		}
@@ -359,34 +359,47 @@ func readNames(dir string) ([]string, error) {
 // owner is who the files of the lock should belong to: the repository's owner. A
 // pusher that runs as root must not leave files behind that borg, run as the
 // repository's user, cannot write or remove.
+//
+// That user may put a symbolic link in the place of whatever was just made here,
+// so everything is made below root: a pusher that runs as root must not be led to
+// give away another folder's files.
 type owner struct {
+	root     *os.Root // the repository
 	uid, gid int
 	group    bool // the repository is shared with its group
 }
 
 func ownerOf(repository string) (owner, error) {
+	root, err := os.OpenRoot(repository)
+	if err != nil {
+		return owner{}, err
+	}
 	var st unix.Stat_t
 	if err := unix.Stat(repository, &st); err != nil {
+		root.Close()
 		return owner{}, &fs.PathError{Op: "stat", Path: repository, Err: err}
 	}
-	return owner{int(st.Uid), int(st.Gid), st.Mode&0o020 != 0}, nil
+	return owner{root, int(st.Uid), int(st.Gid), st.Mode&0o020 != 0}, nil
 }
 
-func (o owner) mkdir(path string) error {
-	if err := os.Mkdir(path, 0o700); err != nil {
+func (o owner) close() { o.root.Close() }
+
+// mkdir makes a folder in the repository.
+func (o owner) mkdir(name string) error {
+	if err := o.root.Mkdir(name, 0o700); err != nil {
 		return err
 	}
 	if o.group {
-		if err := os.Chmod(path, 0o770); err != nil {
+		if err := o.root.Chmod(name, 0o770); err != nil {
 			return err
 		}
 	}
-	return o.give(path)
+	return o.give(name)
 }
 
-// create writes a new file.
-func (o owner) create(path string, data []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// create writes a new file in the repository.
+func (o owner) create(name string, data []byte) error {
+	f, err := o.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
@@ -398,16 +411,16 @@ func (o owner) create(path string, data []byte) error {
 		err = closed
 	}
 	if err == nil {
-		err = o.give(path)
+		err = o.give(name)
 	}
 	return err
 }
 
-func (o owner) give(path string) error {
+func (o owner) give(name string) error {
 	if os.Geteuid() != 0 {
 		return nil
 	}
-	err := os.Lchown(path, o.uid, o.gid)
+	err := o.root.Lchown(name, o.uid, o.gid)
 	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP) {
 		// A root without CAP_CHOWN, or a file system without owners.
 		return nil

@@ -358,6 +358,36 @@ func TestCanonical(t *testing.T) {
 	}
 }
 
+// Whoever owns the repository may swap what was made there a moment ago for a link.
+func TestNothingOutsideTheRepositoryIsGivenAway(t *testing.T) {
+	outside, repository := t.TempDir(), t.TempDir()
+	if err := os.Symlink(outside, filepath.Join(repository, "made")); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Stat(outside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := ownerOf(repository)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.close()
+	o.group = true
+	if err := o.create("made/entry", nil); err == nil {
+		t.Error("a file was made in another folder")
+	}
+	if err := o.root.Chmod("made", 0o777); err == nil {
+		t.Error("another folder's mode was changed")
+	}
+	if after, err := os.Stat(outside); err != nil || after.Mode() != before.Mode() {
+		t.Errorf("%v, %v", after, err)
+	}
+	if left, err := os.ReadDir(outside); err != nil || len(left) > 0 {
+		t.Errorf("%v, %v", left, err)
+	}
+}
+
 func FuzzRoster(f *testing.F) {
 	f.Add([]byte(`{"exclusive": [["vm@3281355014145", 4711, 0]], "shared": []}`))
 	f.Add([]byte(`{"shared": [["a.b@1", 1, 0], ["c@2", 4194304, 15]]}`))
@@ -370,8 +400,14 @@ func FuzzRoster(f *testing.F) {
 			return
 		}
 		// What we write is what we read: nobody's entry is lost or altered.
-		path := filepath.Join(t.TempDir(), rosterName)
-		if err := r.write(path, owner{os.Geteuid(), os.Getegid(), false}); err != nil {
+		dir := t.TempDir()
+		path := filepath.Join(dir, rosterName)
+		o, err := ownerOf(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.close()
+		if err := r.write(o); err != nil {
 			t.Fatal(err)
 		}
 		again, err := readRoster(path)

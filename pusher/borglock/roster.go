@@ -127,9 +127,9 @@ func readRoster(path string) (*roster, error) {
 
 // write replaces the roster, or removes it when nobody is in it, as borg does.
 // It is not synced: after a power cut all its processes are gone anyway.
-func (r *roster) write(path string, o owner) error {
+func (r *roster) write(o owner) error {
 	if len(r.Shared) == 0 && len(r.Exclusive) == 0 {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := o.root.Remove(rosterName); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		return nil
@@ -146,14 +146,14 @@ func (r *roster) write(path string, o owner) error {
 	}
 	// Only the holder of lock.exclusive comes here, so that a leftover of this
 	// name is nobody's.
-	made := path + ".farkeep"
-	if err := os.Remove(made); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	const made = rosterName + ".farkeep"
+	if err := o.root.Remove(made); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if err := o.create(made, b); err != nil {
 		return err
 	}
-	return os.Rename(made, path)
+	return o.root.Rename(made, rosterName)
 }
 
 func (r *roster) has(e Entry) bool { return slices.Contains(r.Shared, e) }
