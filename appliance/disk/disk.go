@@ -261,14 +261,17 @@ func (d *Disk) Run(ctx context.Context) error {
 
 // drive makes one transition after the other, for ever.
 func (d *Disk) drive(ctx context.Context) error {
-	pace := &backoff.ExponentialBackOff{InitialInterval: retryFirst, RandomizationFactor: 0.3, Multiplier: 1.7, MaxInterval: retryMax}
-	pace.Reset()
+	// Two paces: attempts that fail, and disks that open and then fail. The
+	// latter must not be slowed down by a VPN that took its time, nor start
+	// afresh with every opening.
+	attempts, drops := newPace(), newPace()
 	if err := d.adopt(); err != nil {
 		d.fail(err)
 		return err // the supervisor tries again, with its own back-off
 	}
 	for {
 		var err error
+		pace := attempts
 		wanted, mounted := d.wanted(), d.mounted()
 		switch {
 		case !wanted && !d.dark():
@@ -280,15 +283,18 @@ func (d *Disk) drive(ctx context.Context) error {
 			}
 		case wanted && !mounted:
 			err = d.open(ctx)
-			if err != nil && kindOf(err) == status.ErrorRefused {
+			if err == nil {
+				attempts.Reset()
+			} else if kindOf(err) == status.ErrorRefused {
 				// Only a person at home can undo that: dark until the next attempt.
 				err = errors.Join(err, d.close())
 			}
 		case wanted:
+			pace = drops
 			if err = d.health(); err != nil {
 				err = errors.Join(err, d.dropDisk(err))
 			} else if time.Since(d.since()) > stableAfter {
-				pace.Reset()
+				drops.Reset()
 			}
 		}
 		wait := tick
@@ -307,9 +313,15 @@ func (d *Disk) drive(ctx context.Context) error {
 			}
 		}
 		if d.pause(wait, wanted) {
-			pace.Reset()
+			attempts.Reset()
 		}
 	}
+}
+
+func newPace() *backoff.ExponentialBackOff {
+	b := &backoff.ExponentialBackOff{InitialInterval: retryFirst, RandomizationFactor: 0.3, Multiplier: 1.7, MaxInterval: retryMax}
+	b.Reset()
+	return b
 }
 
 // pause waits, until the disk is wanted no more or anew, or until somebody

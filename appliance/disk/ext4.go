@@ -72,7 +72,12 @@ var fsckPrograms = []string{"/sbin/e2fsck", "/usr/sbin/e2fsck"}
 type fsck struct {
 	log      *slog.Logger
 	programs []string
+	quiet    time.Duration // the least time between two lines of progress
 }
+
+// progressEvery keeps a check that takes hours from filling the log, and one
+// that takes seconds from saying anything.
+const progressEvery = 10 * time.Second
 
 // run runs e2fsck -p, which repairs only what it can repair without a choice;
 // its exit codes: e2fsck(8).
@@ -142,22 +147,18 @@ func (c fsck) run(ctx context.Context, node string, full bool) error {
 	}
 }
 
-// progress logs e2fsck's progress lines, "PASS CURRENT MAXIMUM DEVICE", at
-// every tenth of each of its five passes.
+// progress logs e2fsck's progress lines, "PASS CURRENT MAXIMUM DEVICE", now and
+// then.
 func (c fsck) progress(r io.Reader) {
 	lines := bufio.NewScanner(r)
-	lastPass, lastTenth := 0, 0
+	last := time.Now()
 	for lines.Scan() {
 		var pass, at, of int
-		if n, err := fmt.Sscan(lines.Text(), &pass, &at, &of); n < 3 || err != nil || of <= 0 {
+		if n, err := fmt.Sscan(lines.Text(), &pass, &at, &of); n < 3 || err != nil || of <= 0 || time.Since(last) < c.quiet {
 			continue
 		}
-		if tenth := 10 * at / of; pass != lastPass || tenth != lastTenth {
-			if pass == lastPass || tenth > 0 {
-				c.log.Info("checking the file system", "pass", pass, "of", 5, "percent", 10*tenth)
-			}
-			lastPass, lastTenth = pass, tenth
-		}
+		last = time.Now()
+		c.log.Info("checking the file system", "pass", pass, "of", 5, "percent", 100*at/of)
 	}
 }
 

@@ -143,7 +143,7 @@ func (l *linux) NeedsCheck(node string, now time.Time) (string, error) {
 }
 
 func (l *linux) Check(ctx context.Context, node string, full bool) error {
-	return fsck{log: l.log, programs: fsckPrograms}.run(ctx, node, full)
+	return fsck{log: l.log, programs: fsckPrograms, quiet: progressEvery}.run(ctx, node, full)
 }
 
 func (l *linux) Mount(node string) error {
