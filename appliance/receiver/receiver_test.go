@@ -306,6 +306,45 @@ func TestDarkDisk(t *testing.T) {
 	}
 }
 
+// deaf is a line that goes dead in one direction.
+type deaf struct {
+	net.Conn
+	dead chan struct{}
+}
+
+func (c *deaf) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	select {
+	case <-c.dead:
+		select {}
+	default:
+	}
+	return n, err
+}
+
+// The disk cannot wait until a dead line is found to be dead.
+func TestReleaseEndsSessionsOfADeadLine(t *testing.T) {
+	b := start(t)
+	raw, err := net.Dial("tcp", b.address)
+	must(t, err)
+	defer raw.Close()
+	line := &deaf{raw, make(chan struct{})}
+	conn, channels, requests, err := ssh.NewClientConn(line, b.address, &ssh.ClientConfig{
+		User: "farkeep", Auth: []ssh.AuthMethod{ssh.PublicKeys(b.keys["reader"].signer)}, HostKeyCallback: ssh.FixedHostKey(b.host.signer.PublicKey()),
+	})
+	must(t, err)
+	session, err := ssh.NewClient(conn, channels, requests).NewSession()
+	must(t, err)
+	must(t, session.RequestSubsystem("sftp"))
+	<-b.held
+	close(line.dead)
+	begun := time.Now()
+	must(t, localcall.Call(t.Context(), b.paths.Socket(part.Receiver), "release", nil, nil))
+	if took := time.Since(begun); took > 12*time.Second {
+		t.Errorf("the disk had to wait for %v", took)
+	}
+}
+
 func TestReleaseEndsSessionsThatHoldTheDisk(t *testing.T) {
 	b := start(t)
 	d, err := b.dial(t, "home").Start(t.Context(), "upload p1")

@@ -178,7 +178,7 @@ func (r *receiver) sftp(ctx context.Context, s *sshverb.Session) error {
 	}
 	defer disk.Close()
 	rw := s.ReadWriteCloser()
-	stop := context.AfterFunc(ctx, func() { rw.Close() })
+	stop := context.AfterFunc(ctx, s.End)
 	defer stop()
 	return disk.Serve(rw)
 }

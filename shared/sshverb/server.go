@@ -84,7 +84,13 @@ type Session struct {
 	Log         *slog.Logger
 
 	channel ssh.Channel
+	end     context.CancelFunc
 }
+
+// End ends the session, as a hang-up of its peer does. A handler that still waits
+// for the peer after Limits.Grace, because the line is dead, is freed by closing
+// the whole connection.
+func (s *Session) End() { s.end() }
 
 // Patient reads like Stdin, but without the limit on a stalled peer: for handlers
 // that know better whether it is the peer's turn.
@@ -282,6 +288,7 @@ func (s *Server) serveSession(ctx context.Context, session *Session, requests <-
 
 func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Handler, session *Session, limits Limits, hangUp func()) {
 	ch := session.channel
+	session.end = cancel
 	guard := &stallGuard{limit: limits.Stall, expire: func() {
 		session.Log.Warn("the peer stalled, its session ends", "verb", session.Verb, "after", limits.Stall)
 		cancel()
