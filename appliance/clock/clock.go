@@ -268,6 +268,8 @@ func (k *Keeper) apply(offset time.Duration, agreeing int) error {
 	k.Changed(status)
 	if v.Set {
 		k.markReady()
+	} else {
+		k.fallBack() // they will not say anything else in this minute
 	}
 	return nil
 }
@@ -275,7 +277,7 @@ func (k *Keeper) apply(offset time.Duration, agreeing int) error {
 // fallBack goes on without sources.
 func (k *Keeper) fallBack() {
 	k.mu.Lock()
-	if k.isDone || k.status.Set {
+	if k.isDone {
 		k.mu.Unlock()
 		return
 	}
@@ -292,7 +294,7 @@ func (k *Keeper) fallBack() {
 	}
 	status := k.status
 	k.mu.Unlock()
-	k.Log.Warn("no time sources agreed in a minute; going on without them", "source", status.Source)
+	k.Log.Warn("no time that can be believed; going on without time sources", "source", status.Source)
 	k.Changed(status)
 	k.markReady()
 }

@@ -66,6 +66,14 @@ func (f Facts) since(m Moment) time.Duration {
 	return f.Uptime
 }
 
+// ago tells since in words, and that it is a lower bound where it is one.
+func (f Facts) ago(m Moment) string {
+	if (m.Boot == f.BootID && m.Boot != "") || (m.Sure && f.clockSure()) {
+		return span(f.since(m)) + " ago"
+	}
+	return "at least " + span(f.since(m)) + " ago"
+}
+
 // settle gives moments of this boot that were noted before the clock was set
 // their place on the wall clock, now that it is.
 func (f Facts) settle(m *Moment) {
@@ -184,16 +192,21 @@ func (j *judge) heartbeats() {
 		return
 	}
 	threshold := fact{"threshold", j.set.HeartbeatAge.String()}
+	limit := j.set.HeartbeatAge.Std()
 	if len(j.state.Hosts) == 0 {
-		if age := j.see.since(j.state.Installed); age > j.set.HeartbeatAge.Std() {
-			j.find(heartbeatStale, "", fact{"last heartbeat", "none since the appliance was set up, " + ago(age)}, threshold)
+		if j.raised(heartbeatStale, "") || j.see.since(j.state.Installed) > limit {
+			j.find(heartbeatStale, "", fact{"last heartbeat", "none since the appliance was set up, " + j.see.ago(j.state.Installed)}, threshold)
 		}
 		return
 	}
 	for _, name := range slices.Sorted(maps.Keys(j.state.Hosts)) {
 		h := j.state.Hosts[name]
-		if age := j.see.since(h.Arrived); age > j.set.HeartbeatAge.Std() {
-			j.find(heartbeatStale, name, fact{"last heartbeat", stamp(h.ReceivedAt) + ", " + ago(age)},
+		// Once stale it stays so until the next one arrives: after a start without
+		// a clock less is known about its age, but it is not younger.
+		h.Stale = h.Stale || j.see.since(h.Arrived) > limit
+		j.state.Hosts[name] = h
+		if h.Stale {
+			j.find(heartbeatStale, name, fact{"last heartbeat", stamp(h.ReceivedAt) + ", " + j.see.ago(h.Arrived)},
 				fact{"by its own clock", stamp(h.At)}, threshold)
 		}
 	}
@@ -207,7 +220,7 @@ func (j *judge) repositories() {
 	limit := j.set.UnchangedAge.Std()
 	for _, r := range j.see.Keeper.Repositories {
 		if age := j.see.Now.Sub(r.ChangedAt); limit > 0 && !r.ChangedAt.IsZero() && age > limit {
-			j.find(unchanged, r.Name, fact{"last change", stamp(r.ChangedAt) + ", " + ago(age)},
+			j.find(unchanged, r.Name, fact{"last change", stamp(r.ChangedAt) + ", " + span(age) + " ago"},
 				fact{"last confirmed", stamp(r.ConfirmedAt)}, fact{"threshold", j.set.UnchangedAge.String()})
 		}
 	}

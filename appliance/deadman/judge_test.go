@@ -175,6 +175,10 @@ func TestNoHeartbeatEver(t *testing.T) {
 	w.outage(hour) // counts from the installation, not from the start
 	w.run(10 * hour)
 	w.want("home heartbeat STALE")
+	w.outage(hour)
+	w.facts.Network.ClockSet, w.facts.Network.ClockSource = false, "last known time"
+	w.run(10 * time.Minute)
+	w.want()
 	w.beat("nas")
 	w.want("home heartbeat is back")
 }
@@ -245,6 +249,13 @@ func TestHeartbeatsAndClocks(t *testing.T) {
 			w.outage(time.Minute) // and its moment is known on the wall clock now
 			w.look()
 		}, false},
+		{"stale, then a start without time sources: no all-clear", func(w *world) {
+			w.run(31 * hour)
+			w.outage(hour)
+			w.facts.Network.ClockSet, w.facts.Network.ClockSource = false, "last known time"
+			w.run(hour)
+			w.want("nas heartbeat STALE")
+		}, true},
 		{"the network part is dead: nothing changes", func(w *world) {
 			w.facts.Network = nil
 			w.run(60 * hour)

@@ -52,6 +52,7 @@ type Host struct {
 	At         time.Time `json:"at"`          // by its own clock; only for people
 	ReceivedAt time.Time `json:"received_at"` // as the keeper tells it
 	Arrived    Moment    `json:"arrived"`
+	Stale      bool      `json:"stale,omitempty"` // until the next one
 }
 
 // Alarm is one that is raised, or may soon be.

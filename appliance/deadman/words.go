@@ -37,7 +37,7 @@ func (j *judge) body(e entry, f finding, a Alarm) string {
 	}
 	facts := f.facts
 	if a.Reminders > 0 {
-		facts = append(slices.Clone(facts), fact{"this alarm", fmt.Sprintf("raised %s, reminder %d", ago(j.see.since(a.Since)), a.Reminders)})
+		facts = append(slices.Clone(facts), fact{"this alarm", fmt.Sprintf("raised %s, reminder %d", j.see.ago(a.Since), a.Reminders)})
 	}
 	table(&b, facts)
 	list(&b, "What it could mean", e.meaning)
@@ -54,7 +54,7 @@ func (j *judge) clearBody(e entry, a Alarm) string {
 		about = "home"
 	}
 	fmt.Fprintf(&b, "All clear: %s %s.\n\n", about, e.clear)
-	facts := []fact{{"raised", ago(j.see.since(a.Since))}, {"reminders sent", fmt.Sprint(a.Reminders)}}
+	facts := []fact{{"raised", j.see.ago(a.Since)}, {"reminders sent", fmt.Sprint(a.Reminders)}}
 	if h, ok := j.state.Hosts[a.Subject]; ok && e.kind == heartbeatStale {
 		facts = append(facts, fact{"last heartbeat", stamp(h.ReceivedAt)})
 	}
@@ -123,7 +123,7 @@ func (j *judge) view(b *strings.Builder) {
 		add("disk", "unknown")
 	}
 	for _, name := range slices.Sorted(maps.Keys(j.state.Hosts)) {
-		add("heartbeat", "%s, %s", line(name), ago(j.see.since(j.state.Hosts[name].Arrived)))
+		add("heartbeat", "%s, %s", line(name), j.see.ago(j.state.Hosts[name].Arrived))
 	}
 	if k := j.see.Keeper; k != nil {
 		for _, r := range k.Repositories[:min(len(k.Repositories), 32)] {
@@ -164,8 +164,6 @@ func stamp(t time.Time) string {
 	}
 	return t.UTC().Format("2006-01-02 15:04 UTC")
 }
-
-func ago(d time.Duration) string { return span(d) + " ago" }
 
 func span(d time.Duration) string {
 	switch {

@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	// An endpoint's turn is longer than WireGuard's REKEY_TIMEOUT of 5 s, before
-	// which it begins no other handshake, and grows while none of them answers.
-	firstTurn    = 6 * time.Second
+	// An endpoint's turn is enough for one handshake over a bad line, and grows
+	// while none of them answers: WireGuard repeats it after 5 s (REKEY_TIMEOUT).
+	firstTurn    = 4 * time.Second
 	longestTurn  = time.Minute
 	resolveTime  = 5 * time.Second
 	maxAddresses = 4 // of one name

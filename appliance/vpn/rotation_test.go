@@ -43,7 +43,9 @@ func (f *fake) ConfigureDevice(_ string, c wgtypes.Config) error {
 		switch {
 		case p.Remove:
 			f.removed++
-			f.device.Peers = slices.Delete(f.device.Peers, i, i+1)
+			if i >= 0 {
+				f.device.Peers = slices.Delete(f.device.Peers, i, i+1)
+			}
 			continue
 		case i < 0 && p.UpdateOnly:
 			continue

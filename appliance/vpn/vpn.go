@@ -179,12 +179,13 @@ func (t *Tunnel) tend(ctx context.Context, wg device, report func([]Peer)) error
 			}
 			was := r.up
 			state.Up = r.observe(state.LastHandshake)
+			state.LastHandshake = r.handshake // also of a peer that was made anew
 			if state.Up != was {
 				t.log.Info("vpn peer", "peer", p.Name, "up", state.Up)
 			}
 			if next, ok := r.turn(ctx); ok {
 				t.log.Debug("vpn peer: next endpoint", "peer", p.Name, "endpoint", next.index+1, "of", len(p.Endpoints))
-				if err := t.point(wg, key, p, next.address); err != nil {
+				if err := t.point(wg, p, next.address); err != nil {
 					return err
 				}
 			}
@@ -199,15 +200,16 @@ func (t *Tunnel) tend(ctx context.Context, wg device, report func([]Peer)) error
 	}
 }
 
-// point gives a peer another endpoint. The keepalive goes off and on again in
-// the same request, because WireGuard sends one at once when it goes on, and
-// with it a handshake.
-func (t *Tunnel) point(wg device, key wgtypes.Key, p settings.Peer, to netip.AddrPort) error {
-	off, on := time.Duration(0), p.Keepalive.Std()
-	err := wg.ConfigureDevice(t.settings.Interface, wgtypes.Config{Peers: []wgtypes.PeerConfig{
-		{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &off},
-		{PublicKey: key, UpdateOnly: true, PersistentKeepaliveInterval: &on, Endpoint: net.UDPAddrFromAddrPort(to)},
-	}})
+// point gives a peer another endpoint and makes it try at once. The peer is made
+// anew for that: it has no session that counts, and otherwise WireGuard waits
+// for the end of its handshake with the last endpoint (REKEY_TIMEOUT).
+func (t *Tunnel) point(wg device, p settings.Peer, to netip.AddrPort) error {
+	pc, err := peerConfig(p)
+	if err != nil {
+		return err
+	}
+	pc.Endpoint = net.UDPAddrFromAddrPort(to)
+	err = wg.ConfigureDevice(t.settings.Interface, wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: pc.PublicKey, Remove: true}, pc}})
 	if err != nil {
 		return fmt.Errorf("vpn: set the endpoint of peer %s: %w", p.Name, err)
 	}
