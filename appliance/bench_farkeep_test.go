@@ -24,6 +24,7 @@ import (
 
 // benchAppliance is an appliance's receiver and keeper, each a confined process
 // with its own user as in the field, on the loopback interface; and the pusher.
+// Benchmarks measure it, TestPushOverSSH and its neighbours try it.
 // The disk is a tmpfs that is always mounted: what is compared is programs, not
 // disks.
 type benchAppliance struct {
@@ -37,7 +38,7 @@ type benchAppliance struct {
 }
 
 // buildPrograms builds the programs as "make all" does, into dir.
-func buildPrograms(b *testing.B, dir string, names ...string) {
+func buildPrograms(b testing.TB, dir string, names ...string) {
 	b.Helper()
 	for _, name := range names {
 		cmd := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(dir, "farkeep-"+name), "farkeep/"+name)
@@ -48,7 +49,7 @@ func buildPrograms(b *testing.B, dir string, names ...string) {
 	}
 }
 
-func newIdentity(b *testing.B, name string) (private secret.Text, public string) {
+func newIdentity(b testing.TB, name string) (private secret.Text, public string) {
 	b.Helper()
 	private, public, err := identity.New(name)
 	if err != nil {
@@ -58,7 +59,7 @@ func newIdentity(b *testing.B, name string) (private secret.Text, public string)
 }
 
 // freePort is a TCP port of the loopback interface that nobody uses.
-func freePort(b *testing.B) int {
+func freePort(b testing.TB) int {
 	b.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -68,13 +69,14 @@ func freePort(b *testing.B) int {
 	return l.Addr().(*net.TCPAddr).Port
 }
 
-func startAppliance(b *testing.B, dir string) *benchAppliance {
+// startAppliance runs bin's parts below dir, with a disk of that size (in
+// tmpfs(5)'s words).
+func startAppliance(b testing.TB, dir, bin, diskSize string) *benchAppliance {
 	b.Helper()
 	a := &benchAppliance{
 		paths: part.Paths{Run: filepath.Join(dir, "run"), State: filepath.Join(dir, "state"), Media: filepath.Join(dir, "media")},
 		port:  freePort(b), key: filepath.Join(dir, "push_key"), pusher: filepath.Join(dir, "farkeep-pusher"),
 	}
-	buildPrograms(b, dir, "pusher", "appliance")
 	host, hostKey := newIdentity(b, "attic")
 	private, pushKey := newIdentity(b, "home")
 	a.hostKey, a.pushKey = hostKey, pushKey
@@ -85,11 +87,11 @@ func startAppliance(b *testing.B, dir string) *benchAppliance {
 	}
 	h := part.Header{Host: s.Name, Paths: a.paths}
 	must(b, (&system{header: h}).makeFolders())
-	mountTmpfs(b, a.paths.Disk())
+	mountTmpfs(b, a.paths.Disk(), diskSize)
 	must(b, os.Chown(a.paths.Disk(), part.KeeperUID, part.KeeperUID)) // as the disk part does
 	a.playDisk(b)
 	for _, name := range []string{part.Keeper, part.Receiver} {
-		a.startPart(b, filepath.Join(dir, "farkeep-appliance"), name, h, s)
+		a.startPart(b, bin, name, h, s)
 	}
 	await(b, "the keeper has the disk", func() bool {
 		k, err := status.Read[status.Keeper](a.paths.Status(part.Keeper))
@@ -102,8 +104,15 @@ func startAppliance(b *testing.B, dir string) *benchAppliance {
 	return a
 }
 
+// benchmarkAppliance builds the programs as a user has them, and starts them.
+func benchmarkAppliance(b *testing.B, dir string) *benchAppliance {
+	b.Helper()
+	buildPrograms(b, dir, "pusher", "appliance")
+	return startAppliance(b, dir, filepath.Join(dir, "farkeep-appliance"), "3g")
+}
+
 // playDisk stands in for the disk part: a disk that is mounted and stays so.
-func (a *benchAppliance) playDisk(b *testing.B) {
+func (a *benchAppliance) playDisk(b testing.TB) {
 	b.Helper()
 	must(b, status.Write(a.paths.Status(part.Disk), status.Disk{State: status.DiskMounted, Power: true, Unlocked: true, Mounted: true, Since: time.Now(), Updated: time.Now()}))
 	ctx, cancel := context.WithCancel(context.Background())
@@ -132,8 +141,8 @@ func (a *benchAppliance) playDisk(b *testing.B) {
 }
 
 // startPart starts a part as the supervisor does, who cannot be used here: it
-// waits for every child of this process, the benchmark's own included.
-func (a *benchAppliance) startPart(b *testing.B, bin, name string, h part.Header, s *settings.Appliance) {
+// waits for every child of this process, the test's own included.
+func (a *benchAppliance) startPart(b testing.TB, bin, name string, h part.Header, s *settings.Appliance) {
 	b.Helper()
 	p, ok := findPart(name)
 	if !ok {

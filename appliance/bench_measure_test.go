@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func must(b *testing.B, err error) {
+func must(b testing.TB, err error) {
 	b.Helper()
 	if err != nil {
 		b.Fatal(err)
@@ -25,7 +25,7 @@ func must(b *testing.B, err error) {
 }
 
 // await waits until ok, for half a minute at most.
-func await(b *testing.B, what string, ok func() bool) {
+func await(b testing.TB, what string, ok func() bool) {
 	b.Helper()
 	for limit := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(limit) {
@@ -35,10 +35,10 @@ func await(b *testing.B, what string, ok func() bool) {
 }
 
 // benchDir makes a folder that every user may enter.
-func benchDir(b *testing.B) string {
+func benchDir(b testing.TB) string {
 	b.Helper()
 	if os.Geteuid() != 0 {
-		b.Fatal("run this benchmark as root: it mounts a tmpfs, and the appliance's parts get users of their own")
+		b.Fatal("run this as root: it mounts a tmpfs, and the appliance's parts get users of their own")
 	}
 	dir := b.TempDir()
 	for d := dir; d != "/" && d != os.TempDir(); d = filepath.Dir(d) {
@@ -47,10 +47,10 @@ func benchDir(b *testing.B) string {
 	return dir
 }
 
-func mountTmpfs(b *testing.B, dir string) {
+func mountTmpfs(b testing.TB, dir, size string) {
 	b.Helper()
 	must(b, os.MkdirAll(dir, 0o755))
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=3g,mode=755"); err != nil {
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755,size="+size); err != nil {
 		b.Fatalf("mount a tmpfs on %s: %v", dir, err)
 	}
 	b.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })

@@ -42,11 +42,11 @@ func BenchmarkUpload(b *testing.B) {
 		b.Run(data.name, func(b *testing.B) {
 			dir := benchDir(b)
 			source, target := filepath.Join(dir, "source"), filepath.Join(dir, "target")
-			mountTmpfs(b, source)
-			mountTmpfs(b, target)
+			mountTmpfs(b, source, "3g")
+			mountTmpfs(b, target, "3g")
 			size := data.make(b, source)
 			want := sums(b, source)
-			a, sshd := startAppliance(b, dir), startSSHD(b, dir)
+			a, sshd := benchmarkAppliance(b, dir), startSSHD(b, dir)
 
 			rsync := func(cipher string) func(int) cost {
 				return func(int) cost {
@@ -83,11 +83,11 @@ func BenchmarkUpload(b *testing.B) {
 func BenchmarkUnchanged(b *testing.B) {
 	dir := benchDir(b)
 	source, target := filepath.Join(dir, "source"), filepath.Join(dir, "target")
-	mountTmpfs(b, source)
-	mountTmpfs(b, target)
+	mountTmpfs(b, source, "3g")
+	mountTmpfs(b, target, "3g")
 	makeMany(b, source)
 	want := sums(b, source)
-	a, sshd := startAppliance(b, dir), startSSHD(b, dir)
+	a, sshd := benchmarkAppliance(b, dir), startSSHD(b, dir)
 	to := filepath.Join(target, "copy")
 	sshd.copy(b, source, to, defaultCipher)
 	sameFiles(b, want, to)
