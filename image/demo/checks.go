@@ -213,7 +213,7 @@ func (d *show) sums(ctx context.Context, dump, repository string) ([]string, err
 	if err != nil {
 		return nil, err
 	}
-	return folders, d.step(fmt.Sprintf("b2sum -c every file of the %d generations of %s", len(folders), repository), func() error {
+	return folders, d.step(fmt.Sprintf("b2sum -c every file of every generation of %s", repository), func() error {
 		if len(folders) == 0 {
 			return errors.New("there is none")
 		}

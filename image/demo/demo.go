@@ -345,8 +345,7 @@ func (d *show) silence(ctx context.Context) error {
 			return strings.HasPrefix(m.Subject(), "[WATCHDOG]") && strings.Contains(m.Subject(), "heartbeat STALE")
 		})
 		if err == nil {
-			_, text, _ := strings.Cut(strings.ReplaceAll(string(m.Data), "\r", ""), "\n\n")
-			d.say("Subject: %s\n\n%s", m.Subject(), text)
+			d.say("Subject: %s\n\n%s", m.Subject(), m.Text())
 		}
 		return err
 	})

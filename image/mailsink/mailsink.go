@@ -17,9 +17,11 @@ import (
 	"io"
 	"log/slog"
 	"mime"
+	"mime/quotedprintable"
 	"net"
 	"net/mail"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -63,6 +65,24 @@ func (m Message) Subject() string {
 		return parsed.Header.Get("Subject")
 	}
 	return s
+}
+
+// Text is the decoded body of a mail in plain text (quoted-printable or as it
+// is), "" if the message is none.
+func (m Message) Text() string {
+	parsed, err := mail.ReadMessage(bytes.NewReader(m.Data))
+	if err != nil {
+		return ""
+	}
+	var body io.Reader = parsed.Body
+	if strings.EqualFold(parsed.Header.Get("Content-Transfer-Encoding"), "quoted-printable") {
+		body = quotedprintable.NewReader(body)
+	}
+	text, err := io.ReadAll(body)
+	if err != nil {
+		return ""
+	}
+	return strings.ReplaceAll(string(text), "\r\n", "\n")
 }
 
 // Sink is a running mail server.

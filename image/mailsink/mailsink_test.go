@@ -141,3 +141,15 @@ func TestBadDays(t *testing.T) {
 		t.Errorf("waiting on a closed server: %v", err)
 	}
 }
+
+func TestText(t *testing.T) {
+	for _, tt := range []struct{ name, data, want string }{
+		{"as it is", "Subject: x\r\n\r\none\r\ntwo\r\n", "one\ntwo\n"},
+		{"quoted-printable", "Content-Transfer-Encoding: quoted-printable\r\n\r\na long=\r\n line =3D 1\r\n", "a long line = 1\n"},
+		{"no message", "nonsense", ""},
+	} {
+		if got := (mailsink.Message{Data: []byte(tt.data)}).Text(); got != tt.want {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}

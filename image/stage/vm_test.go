@@ -146,7 +146,7 @@ func TestMisfortunes(t *testing.T) {
 	})
 	run("disk pulled in the middle of a push", func(w *world) {
 		before := w.generations()
-		w.change(40, 1<<20)
+		w.change(12, 1<<20)
 		ctx, cancel := context.WithCancel(w.Context())
 		defer cancel()
 		sent, err := w.s.Sent("barn")
@@ -156,7 +156,7 @@ func TestMisfortunes(t *testing.T) {
 		for {
 			now, err := w.s.Sent("barn")
 			w.must(err)
-			if now > sent+(4<<20) {
+			if now > sent+(3<<20) {
 				break
 			}
 			select {
