@@ -26,6 +26,11 @@ import (
 // MaxWakeWait bounds how long "wake --wait" may wait.
 const MaxWakeWait = 30 * time.Minute
 
+// relayBuffer is how much of a peer's input goes to the keeper at once, in bytes.
+// SSH packets carry 32 KiB: gathering some spares the keeper wake-ups and the
+// peer window messages.
+const relayBuffer = 128 << 10
+
 // maxLog bounds what "logs" shows, in bytes.
 const maxLog = 1 << 20
 
