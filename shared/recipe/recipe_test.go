@@ -138,6 +138,40 @@ func TestBuild(t *testing.T) {
 	}
 }
 
+// A stream with every operation, cut after any of its bytes, is a cut stream:
+// what was complete before the cut is right, and nothing else comes out.
+func TestCutAtEveryByte(t *testing.T) {
+	first, second, third := "kept"+"345"+"new bytes"+"67"+"bb", "", "0123456789"
+	s := stream(t,
+		begin(0), keep(4), copies("old/a", 3, 3), data("new bytes"), copies("old/a", 6, 2), copies("old/b", 1<<20, 2), end(first),
+		begin(1), end(second),
+		begin(300), copies("old/a", 0, 10), end(third),
+	)
+	want := map[int64]string{0: first, 1: second, 300: third}
+	files := map[int64]manifest.Entry{}
+	for i, content := range want {
+		files[i] = announced(content)
+	}
+	if got, err := build(s, files, "kept and more"); err != nil || !cmp.Equal(want, got) {
+		t.Fatalf("the whole stream: %v, %v", got, err)
+	}
+	for n := range len(s) {
+		got, err := build(s[:n], files, "kept and more")
+		var format *recipe.FormatError
+		if !errors.As(err, &format) || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("cut after %d of %d bytes: %v", n, len(s), err)
+		}
+		for i, content := range got {
+			if content != want[i] {
+				t.Errorf("cut after %d of %d bytes: file %d is %q", n, len(s), i, content)
+			}
+		}
+		if len(got) == len(want) && n < len(s)-2 { // only the end mark, of two bytes, was missing
+			t.Errorf("cut after %d of %d bytes: all files came out", n, len(s))
+		}
+	}
+}
+
 func TestBuildRefuses(t *testing.T) {
 	files := map[int64]manifest.Entry{0: announced("abcdef"), 1: announced("x")}
 	tests := []struct {
