@@ -16,6 +16,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/pkg/sftp"
 )
@@ -24,7 +25,11 @@ import (
 type Disk struct {
 	root  *os.Root
 	allow func(repository string) bool
+	open  atomic.Int64
 }
+
+// MaxOpen bounds the files that one peer may hold open.
+const MaxOpen = 256
 
 // Open opens the generations folder at dir. Repositories that allow refuses do
 // not exist for the peer. The caller must Close the Disk.
@@ -71,16 +76,34 @@ func (d *Disk) Fileread(r *sftp.Request) (io.ReaderAt, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := d.root.Open(name)
-	if err != nil {
-		return nil, status(err)
-	}
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		f.Close()
+	if d.open.Add(1) > MaxOpen {
+		d.open.Add(-1)
 		return nil, sftp.ErrSSHFxFailure
 	}
-	return f, nil
+	f, err := d.root.Open(name)
+	if err != nil {
+		d.open.Add(-1)
+		return nil, status(err)
+	}
+	h := &handle{File: f, open: &d.open}
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		h.Close()
+		return nil, sftp.ErrSSHFxFailure
+	}
+	return h, nil
+}
+
+// handle is an open file that counts itself.
+type handle struct {
+	*os.File
+	open *atomic.Int64
+}
+
+// Close closes the file.
+func (h *handle) Close() error {
+	h.open.Add(-1)
+	return h.File.Close()
 }
 
 // Filewrite implements sftp.FileWriter: it refuses.

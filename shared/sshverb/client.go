@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -116,7 +117,13 @@ type Dialogue struct {
 	verb    string
 	stderr  *tail
 	release func() bool
+	ended   sync.Once
+	done    chan struct{} // closed when session.Wait returned
 }
+
+// closeGrace is how long a verb that was cut off may take to end before its
+// whole connection is closed.
+const closeGrace = 5 * time.Second
 
 // Start begins a verb. When ctx ends the verb is cut off.
 func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
@@ -127,7 +134,7 @@ func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
 	if err != nil {
 		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %q: %w", verb, err))
 	}
-	d := &Dialogue{session: session, verb: verb, stderr: &tail{}}
+	d := &Dialogue{session: session, verb: verb, stderr: &tail{}, done: make(chan struct{})}
 	if d.Stdin, err = session.StdinPipe(); err == nil {
 		d.Stdout, err = session.StdoutPipe()
 	}
@@ -139,7 +146,14 @@ func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
 		session.Close()
 		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("start %q: %w", verb, err))
 	}
-	d.release = context.AfterFunc(ctx, func() { session.Close() })
+	d.release = context.AfterFunc(ctx, func() {
+		session.Close()
+		select {
+		case <-d.done:
+		case <-time.After(closeGrace): // a dead line does not answer a close
+			c.raw.Close()
+		}
+	})
 	return d, nil
 }
 
@@ -147,6 +161,7 @@ func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
 // peer's words for another, hint.ExitUnreachable where the connection broke.
 func (d *Dialogue) Wait() error {
 	err := d.session.Wait()
+	d.ended.Do(func() { close(d.done) })
 	if d.release != nil && !d.release() {
 		return hint.Exit(hint.ExitCancelled, fmt.Errorf("%s: %w", d.verb, context.Canceled))
 	}
@@ -168,6 +183,7 @@ func (d *Dialogue) Wait() error {
 // Close cuts the verb off.
 func (d *Dialogue) Close() error {
 	d.release()
+	d.ended.Do(func() { close(d.done) })
 	return d.session.Close()
 }
 

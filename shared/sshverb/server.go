@@ -21,6 +21,7 @@ import (
 // Limits bound what peers can make a server hold. Zero fields get the defaults.
 type Limits struct {
 	Connections int           // at once; default 16
+	PerKey      int           // of them by one key, so that no key shuts out the others; default half
 	Sessions    int           // at once in one connection; default 8
 	Handshake   time.Duration // TCP accept to authenticated; default 20s
 	Idle        time.Duration // without a byte from the peer, keepalives included; default 2m
@@ -36,6 +37,9 @@ func (l Limits) withDefaults() Limits {
 	}
 	if l.Connections == 0 {
 		l.Connections = 16
+	}
+	if l.PerKey == 0 {
+		l.PerKey = max(1, l.Connections/2)
 	}
 	if l.Sessions == 0 {
 		l.Sessions = 8
@@ -67,6 +71,33 @@ type Server struct {
 	Subsystems map[string]Handler
 	Limits     Limits
 	Log        *slog.Logger
+
+	mu     sync.Mutex
+	perKey map[string]int // connections by the key's wire form
+}
+
+// enter counts a connection of a key; leave must be called if it says yes.
+func (s *Server) enter(key ssh.PublicKey, limit int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.perKey == nil {
+		s.perKey = map[string]int{}
+	}
+	name := string(key.Marshal())
+	if s.perKey[name] >= limit {
+		return false
+	}
+	s.perKey[name]++
+	return true
+}
+
+func (s *Server) leave(key ssh.PublicKey) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	name := string(key.Marshal())
+	if s.perKey[name]--; s.perKey[name] == 0 {
+		delete(s.perKey, name)
+	}
 }
 
 // Session is one verb in progress. Reads and writes fail once the peer has
@@ -185,6 +216,11 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerC
 	defer sc.Close()
 	conn.SetDeadline(time.Time{})
 	log = log.With("key", ssh.FingerprintSHA256(offered))
+	if !s.enter(offered, limits.PerKey) {
+		log.Warn("too many connections of one key, one turned away", "limit", limits.PerKey)
+		return
+	}
+	defer s.leave(offered)
 	log.Info("connected", "client", printable(string(sc.ClientVersion())))
 	go ssh.DiscardRequests(requests)
 

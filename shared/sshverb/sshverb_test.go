@@ -358,3 +358,25 @@ func FuzzParseVerb(f *testing.F) {
 		}
 	})
 }
+
+// One key that takes all it can get leaves room for the others.
+func TestOneKeyCannotShutOutTheOthers(t *testing.T) {
+	ts := startServer(t, sshverb.Limits{Connections: 4})
+	for range 2 {
+		if _, err := ts.dial(t).Run(t.Context(), "who a", nil, 100); err != nil {
+			t.Fatal(err)
+		}
+	}
+	third, err := sshverb.Dial(t.Context(), sshverb.Peer{Address: ts.addr, Identity: ts.client, HostKey: ts.host.PublicKey()})
+	if err == nil {
+		_, err = third.Run(t.Context(), "who a", nil, 100)
+		third.Close()
+	}
+	if err == nil {
+		t.Error("one key has more than half of the connections")
+	}
+	stranger, _ := newSigner(t)
+	if _, err := sshverb.Dial(t.Context(), sshverb.Peer{Address: ts.addr, Identity: stranger, HostKey: ts.host.PublicKey()}); hint.Code(err) != hint.ExitRefused {
+		t.Errorf("another key does not even get as far as being refused: %v", err)
+	}
+}
