@@ -23,8 +23,8 @@ func newDiskCmd(env *Env) *cobra.Command {
 and put its two keys where they belong. The first goes to the key servers' folders,
 the second, for recovery, with a backup of the header to the operator's folder.`,
 		Example: `  farkeep-image disk show /dev/sdb
-  farkeep-image disk prepare /dev/sdb --site my-site --appliance attic
-  farkeep-image disk adopt /dev/sdb --site my-site --appliance attic --key-file old.key`,
+  farkeep-image disk prepare /dev/sdb --dir my-site --appliance attic
+  farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic --key-file old.key`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -39,7 +39,7 @@ type diskFlags struct {
 
 func (d *diskFlags) register(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&d.dir, "site", defaultSiteDir, "site folder")
+	f.StringVar(&d.dir, "dir", defaultSiteDir, "site folder")
 	f.StringVar(&d.appliance, "appliance", "", "the appliance that the disk is for (needed)")
 	f.StringVar(&d.board, "board", "", "choose the cipher for this board: "+strings.Join(site.Boards(), ", ")+" (default: the appliance's)")
 }
@@ -82,8 +82,8 @@ complete after that.
 
 An earlier owner's data are not overwritten, only made unreachable in the ordinary
 way; a disk that held secrets in clear is better overwritten first.`,
-		Example: `  farkeep-image disk prepare /dev/sdb --site my-site --appliance attic
-  truncate -s 4G attic.disk && farkeep-image disk prepare attic.disk --site my-site --appliance attic --yes`,
+		Example: `  farkeep-image disk prepare /dev/sdb --dir my-site --appliance attic
+  truncate -s 4G attic.disk && farkeep-image disk prepare attic.disk --dir my-site --appliance attic --yes`,
 		Args: usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := d.request(env, args[0])
@@ -138,8 +138,8 @@ func newDiskAdoptCmd(env *Env) *cobra.Command {
 		Long: `Add two key slots, the key servers' and the operator's, to a LUKS2 disk with an ext4
 file system whose key you have. Its data stay. Its old keys go on opening it, until
 you remove their slots.`,
-		Example: `  farkeep-image disk adopt /dev/sdb --site my-site --appliance attic --key-file old.key
-  farkeep-image disk adopt /dev/sdb --site my-site --appliance attic`,
+		Example: `  farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic --key-file old.key
+  farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic`,
 		Args: usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if keyFile != "" && passphraseFile != "" {
@@ -183,7 +183,7 @@ func newDiskShowCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "show DEVICE|FILE",
 		Short:   "Show what is on a disk, and how large a disk the repositories want",
-		Example: "  farkeep-image disk show /dev/sdb --site my-site",
+		Example: "  farkeep-image disk show /dev/sdb --dir my-site",
 		Args:    usageArgs(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
 			t, err := luksdisk.Inspect(args[0])
@@ -213,7 +213,7 @@ func newDiskShowCmd(env *Env) *cobra.Command {
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&dir, "site", "", "site folder, whose repositories are measured")
+	cmd.Flags().StringVar(&dir, "dir", "", "site folder, whose repositories are measured")
 	cmd.Flags().StringVar(&sizeFor, "size-for", "", "size of all repositories together, where they are not on this machine (500G)")
 	return cmd
 }

@@ -44,7 +44,7 @@ func command(t *testing.T, args ...string) (code int, stdout, stderr string) {
 
 func TestDiskPrepareAndAdopt(t *testing.T) {
 	dir, disk := diskBench(t)
-	code, stdout, stderr := command(t, "disk", "prepare", disk, "--site", dir, "--appliance", "attic", "--size-for", "1T", "--yes")
+	code, stdout, stderr := command(t, "disk", "prepare", disk, "--dir", dir, "--appliance", "attic", "--size-for", "1T", "--yes")
 	if code != 0 {
 		t.Fatalf("exit %d, %s", code, stderr)
 	}
@@ -71,7 +71,7 @@ func TestDiskPrepareAndAdopt(t *testing.T) {
 	// The same disk, whose site was lost, comes into another one.
 	key := filepath.Join(dir, "operator", uuid+".recovery.key")
 	other, _ := diskBench(t)
-	code, stdout, stderr = command(t, "disk", "adopt", disk, "--site", other, "--appliance", "attic", "--key-file", key)
+	code, stdout, stderr = command(t, "disk", "adopt", disk, "--dir", other, "--appliance", "attic", "--key-file", key)
 	if code != 0 || strings.TrimSpace(stdout) != uuid || !strings.Contains(stderr, "earlier key slots 0 1 still open it") {
 		t.Errorf("adopt: exit %d, %q, %s", code, stdout, stderr)
 	}
@@ -85,18 +85,18 @@ func TestDiskRefuses(t *testing.T) {
 		want string
 		code int
 	}{
-		{"nobody to ask", []string{"prepare", disk, "--site", dir, "--appliance", "attic"}, "hint: give the flag", hint.ExitUsage},
-		{"no appliance named", []string{"prepare", disk, "--site", dir}, "--appliance is missing", hint.ExitUsage},
-		{"unknown appliance", []string{"prepare", disk, "--site", dir, "--appliance", "cellar", "--yes"}, `hint: farkeep-image site add appliance cellar`, hint.ExitUsage},
-		{"unknown board", []string{"prepare", disk, "--site", dir, "--appliance", "attic", "--board", "pi99", "--yes"}, "pi99", hint.ExitUsage},
-		{"no site", []string{"prepare", disk, "--site", dir + ".none", "--appliance", "attic", "--yes"}, "there is no site", hint.ExitUsage},
-		{"no disk", []string{"prepare", disk + ".none", "--site", dir, "--appliance", "attic", "--yes"}, "no such file", hint.ExitFailure},
-		{"two disks", []string{"prepare", disk, disk, "--site", dir, "--appliance", "attic", "--yes"}, "accepts 1 arg", hint.ExitUsage},
-		{"bad size", []string{"prepare", disk, "--site", dir, "--appliance", "attic", "--yes", "--size-for", "much"}, "not a size", hint.ExitUsage},
-		{"bad ratio", []string{"prepare", disk, "--site", dir, "--appliance", "attic", "--yes", "--inode-ratio", "1"}, "--inode-ratio", hint.ExitUsage},
-		{"adopt what is not encrypted", []string{"adopt", disk, "--site", dir, "--appliance", "attic", "--key-file", filepath.Join(dir, "site.toml")}, "no LUKS header", hint.ExitFailure},
-		{"adopt with two keys", []string{"adopt", disk, "--site", dir, "--appliance", "attic", "--key-file", "a", "--passphrase-file", "b"}, "exclude each other", hint.ExitUsage},
-		{"adopt without a key", []string{"adopt", disk, "--site", dir, "--appliance", "attic"}, "--passphrase-file is missing", hint.ExitUsage},
+		{"nobody to ask", []string{"prepare", disk, "--dir", dir, "--appliance", "attic"}, "hint: give the flag", hint.ExitUsage},
+		{"no appliance named", []string{"prepare", disk, "--dir", dir}, "--appliance is missing", hint.ExitUsage},
+		{"unknown appliance", []string{"prepare", disk, "--dir", dir, "--appliance", "cellar", "--yes"}, `hint: farkeep-image site add appliance cellar`, hint.ExitUsage},
+		{"unknown board", []string{"prepare", disk, "--dir", dir, "--appliance", "attic", "--board", "pi99", "--yes"}, "pi99", hint.ExitUsage},
+		{"no site", []string{"prepare", disk, "--dir", dir + ".none", "--appliance", "attic", "--yes"}, "there is no site", hint.ExitUsage},
+		{"no disk", []string{"prepare", disk + ".none", "--dir", dir, "--appliance", "attic", "--yes"}, "no such file", hint.ExitFailure},
+		{"two disks", []string{"prepare", disk, disk, "--dir", dir, "--appliance", "attic", "--yes"}, "accepts 1 arg", hint.ExitUsage},
+		{"bad size", []string{"prepare", disk, "--dir", dir, "--appliance", "attic", "--yes", "--size-for", "much"}, "not a size", hint.ExitUsage},
+		{"bad ratio", []string{"prepare", disk, "--dir", dir, "--appliance", "attic", "--yes", "--inode-ratio", "1"}, "--inode-ratio", hint.ExitUsage},
+		{"adopt what is not encrypted", []string{"adopt", disk, "--dir", dir, "--appliance", "attic", "--key-file", filepath.Join(dir, "site.toml")}, "no LUKS header", hint.ExitFailure},
+		{"adopt with two keys", []string{"adopt", disk, "--dir", dir, "--appliance", "attic", "--key-file", "a", "--passphrase-file", "b"}, "exclude each other", hint.ExitUsage},
+		{"adopt without a key", []string{"adopt", disk, "--dir", dir, "--appliance", "attic"}, "--passphrase-file is missing", hint.ExitUsage},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			code, stdout, stderr := command(t, append([]string{"disk"}, tc.args...)...)

@@ -218,7 +218,7 @@ func (d *Dir) Missing() []string {
 // missingFor says what an appliance lacks before it can have a farkeep.toml.
 func (d *Dir) missingFor(s *site.Site, a site.Appliance) string {
 	if a.LUKS == "" {
-		return fmt.Sprintf("prepare the disk of %s: farkeep-image disk prepare DEVICE --site %s --appliance %s", a.Name, d.path, a.Name)
+		return fmt.Sprintf("prepare the disk of %s: farkeep-image disk prepare DEVICE --dir %s --appliance %s", a.Name, d.path, a.Name)
 	}
 	if s.Mail.Server == "" {
 		return fmt.Sprintf("say in %s how the appliances send mail", d.SitePath())

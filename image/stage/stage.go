@@ -328,7 +328,7 @@ func (s *Stage) Add(ctx context.Context, c Cast) (*Appliance, error) {
 	if err := errors.Join(disk.Truncate(c.DiskSize), disk.Close()); err != nil {
 		return nil, err
 	}
-	if _, err := s.Run(ctx, "farkeep-image", "disk", "prepare", a.Disk, "--site", s.Site, "--appliance", c.Name, "--yes"); err != nil {
+	if _, err := s.Run(ctx, "farkeep-image", "disk", "prepare", a.Disk, "--dir", s.Site, "--appliance", c.Name, "--yes"); err != nil {
 		return nil, err
 	}
 	described, err := site.Read(filepath.Join(s.Site, "site.toml"))
