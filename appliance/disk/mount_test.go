@@ -1,0 +1,92 @@
+package disk
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestMount mounts a real ext4 file system as the part does, and tries what a
+// disk that somebody else filled must not be able to do.
+func TestMount(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Fatal("this test mounts a file system: run it as root")
+	}
+	loop := strings.TrimSpace(tool(t, "mount", "losetup", "--find", "--show", fileSystem(t)))
+	t.Cleanup(func() { tool(t, "mount", "losetup", "--detach", loop) })
+	const keeper = 902
+	l := &linux{target: filepath.Join(t.TempDir(), "media", "disk"), owner: keeper, log: slog.New(slog.DiscardHandler)}
+	if err := l.Mount(loop); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Unmount(); err != nil {
+			t.Error(err)
+		}
+		if still, err := l.Mounted(); still || err != nil {
+			t.Errorf("after Unmount it is mounted: %v, %v", still, err)
+		}
+	})
+	if mounted, err := l.Mounted(); !mounted || err != nil {
+		t.Errorf("after Mount it is mounted: %v, %v", mounted, err)
+	}
+	if got := uid(t, l.target); got != keeper {
+		t.Errorf("the disk's top belongs to %d", got)
+	}
+
+	var st unix.Statfs_t
+	if err := unix.Statfs(l.target, &st); err != nil {
+		t.Fatal(err)
+	}
+	for name, flag := range map[string]int64{
+		"nosuid": unix.ST_NOSUID, "nodev": unix.ST_NODEV, "noexec": unix.ST_NOEXEC, "noatime": unix.ST_NOATIME,
+	} {
+		if st.Flags&flag == 0 {
+			t.Errorf("it is mounted without %s", name)
+		}
+	}
+	// A damaged file system must not be written to any further.
+	if options := superOptions(t, l.target); !slices.Contains(options, "errors=remount-ro") {
+		t.Errorf("the file system's options are %v", options)
+	}
+
+	program := filepath.Join(l.target, "program")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := exec.Command(program).Run(); !errors.Is(err, unix.EACCES) {
+		t.Errorf("a program on the disk: %v, want %v", err, unix.EACCES)
+	}
+	null := filepath.Join(l.target, "null")
+	if err := unix.Mknod(null, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := os.Open(null); !errors.Is(err, unix.EACCES) {
+		f.Close()
+		t.Errorf("a device on the disk: %v, want %v", err, unix.EACCES)
+	}
+}
+
+// superOptions are a mount's options of the file system itself
+// (proc_pid_mountinfo(5): the last field).
+func superOptions(t *testing.T, target string) []string {
+	t.Helper()
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); f[4] == target {
+			return strings.Split(f[len(f)-1], ",")
+		}
+	}
+	t.Fatalf("%s is not mounted", target)
+	return nil
+}
