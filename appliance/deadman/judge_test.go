@@ -522,12 +522,12 @@ func TestAHostileStatusIsBounded(t *testing.T) {
 // turns, and no id is given twice.
 func TestOneMailPerFlip(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
-	for range 6 {
+	for range 3 {
 		w := newWorld(t)
 		ids := map[string]bool{}
 		raised := map[string]bool{}
 		kinds := []string{"", "", status.ErrorMissing, status.ErrorRefused, status.ErrorUnreachable, status.ErrorWrongKey}
-		for range 200 {
+		for range 150 {
 			switch random.IntN(6) {
 			case 0:
 				w.beat("nas")
