@@ -16,7 +16,7 @@ import (
 )
 
 func TestPinInMemory(t *testing.T) {
-	relaytest.Run(t, false, func(t *testing.T) (gpio.PinOut, func() gpio.Level) {
+	relaytest.Run(t, func(t *testing.T) (gpio.PinOut, func() gpio.Level) {
 		pin := &relaytest.Pin{}
 		return pin, pin.Level
 	})

@@ -1,5 +1,7 @@
-// Package relaytest is what every relay must do, whatever switches it. The same
-// suite runs over a pin in memory and, in the emulated machine, over a real one.
+// Package relaytest is what every relay must do, whatever switches it, as one
+// suite, and a pin in memory to run it over. Tests run it over that pin only: a
+// line of a kernel is watched as a whole machine switches its disk with it (see
+// package relay's line_test.go).
 package relaytest
 
 import (
@@ -45,8 +47,8 @@ func (p *Pin) Number() int                           { return 0 }
 func (p *Pin) Function() string                      { return "Out" }
 
 // Run drives relays on pins that newPin makes. level reads a pin from outside;
-// it is called after every change. Runs in a synctest bubble unless realTime.
-func Run(t *testing.T, realTime bool, newPin func(t *testing.T) (pin gpio.PinOut, level func() gpio.Level)) {
+// it is called after every change. Each case runs in a synctest bubble.
+func Run(t *testing.T, newPin func(t *testing.T) (pin gpio.PinOut, level func() gpio.Level)) {
 	for _, polarity := range []struct {
 		name      string
 		activeLow bool
@@ -110,11 +112,7 @@ func Run(t *testing.T, realTime bool, newPin func(t *testing.T) (pin gpio.PinOut
 					t.Fatal(err)
 				}
 			}
-			if realTime {
-				t.Run(name, body)
-			} else {
-				t.Run(name, func(t *testing.T) { synctest.Test(t, body) })
-			}
+			t.Run(name, func(t *testing.T) { synctest.Test(t, body) })
 		}
 	}
 }
