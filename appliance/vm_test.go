@@ -20,6 +20,7 @@ import (
 	"farkeep/image/emulate"
 	"farkeep/image/sdcard"
 	"farkeep/shared/card"
+	"farkeep/shared/settings"
 )
 
 // buildImage makes an image of this very program, with its test parts.
@@ -107,7 +108,9 @@ func TestFirmware(t *testing.T) {
 		onlyTestPartsEnded(t, pi)
 	})
 	t.Run("generic machine", func(t *testing.T) {
-		pi := start(t, emulate.Config{Machine: emulate.Generic, Image: personalise(t, image, good)})
+		cfg := relayed(t, image, good)
+		pi := start(t, cfg)
+		closesOnce(t, pi)
 		allUp(t, pi, "i6300ESB timer")
 		survivesPanic(t, pi)
 		onlyTestPartsEnded(t, pi)
@@ -133,6 +136,54 @@ func allUp(t *testing.T, pi *emulate.Pi, watchdog string) {
 		if strings.Contains(l, ":OPEN") || strings.Contains(l, "lacks-it") {
 			t.Error(l)
 		}
+	}
+}
+
+// relayed is a machine that switches its disk, a blank one, by an active-low
+// relay: the kind that a line which is driven without a thought closes.
+func relayed(t *testing.T, image string, good []byte) emulate.Config {
+	t.Helper()
+	s, err := settings.Parse("farkeep.toml", good)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const line = 5
+	s.Disk.Relay = settings.Relay{Driver: "gpio", Line: line, Active: "low"}
+	s.Disk.Window.Length = settings.Duration(24 * time.Hour)
+	text, err := s.Render()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	cfg := emulate.Config{
+		Machine: emulate.Generic, Image: filepath.Join(dir, "personal.img"), Disk: filepath.Join(dir, "disk.img"),
+		Relay: emulate.Relay{Line: line, ActiveLow: true},
+	}
+	if err := os.WriteFile(cfg.Disk, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := sdcard.Personalise(t.Context(), image, cfg.Image, sdcard.Personal{Settings: text.Reveal(), RelayLine: line}); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// closesOnce: the relay is open until the disk part closes it, and then stays
+// closed. This is package relay's line code on a kernel.
+func closesOnce(t *testing.T, pi *emulate.Pi) {
+	t.Helper()
+	wait(t, pi, `watchdog armed`) // the parts start after it
+	if early := pi.RelayEvents(); len(early) > 0 || pi.DiskAttached() {
+		t.Errorf("the relay moved before the disk part ran: %v", early)
+	}
+	wait(t, pi, `disk: confined`)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	if err := pi.WaitDisk(ctx, true); err != nil {
+		t.Fatal(err)
+	}
+	if all := pi.RelayEvents(); len(all) != 1 || !all[0].Closed {
+		t.Errorf("the relay did %v, want one closing", all)
 	}
 }
 
