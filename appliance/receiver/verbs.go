@@ -134,7 +134,7 @@ func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, a
 		// The keeper knows when it waits for the peer and for how long it may: an
 		// offer that it thinks about for minutes is not the peer's stall.
 		go func() {
-			if _, err := io.Copy(call, s.Patient()); err != nil {
+			if _, err := io.CopyBuffer(call, s.Patient(), make([]byte, relayBuffer)); err != nil {
 				call.Close() // half an upload must not look like a whole one
 				return
 			}
