@@ -16,7 +16,7 @@ import (
 const (
 	// An endpoint's turn is enough for one handshake over a bad line, and grows
 	// while none of them answers: WireGuard repeats it after 5 s (REKEY_TIMEOUT).
-	firstTurn    = 4 * time.Second
+	firstTurn    = 3 * time.Second
 	longestTurn  = time.Minute
 	resolveTime  = 5 * time.Second
 	maxAddresses = 4 // of one name

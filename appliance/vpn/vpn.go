@@ -33,8 +33,10 @@ const (
 	// WireGuard's REJECT_AFTER_TIME (whitepaper §6.1). With a keepalive a tunnel
 	// that works has made a new one a minute before.
 	handshakeMax = 180 * time.Second
-	// pollInterval is how often the handshakes are looked at.
-	pollInterval = 2 * time.Second
+	// pollInterval is how often the handshakes are looked at, searchInterval while
+	// a peer has none that counts.
+	pollInterval   = 2 * time.Second
+	searchInterval = 250 * time.Millisecond
 )
 
 // Peer is one peer as it is now.
@@ -67,7 +69,7 @@ func New(s settings.VPN, log *slog.Logger) *Tunnel {
 }
 
 // Run makes the interface, or takes over the one that an earlier run left, and
-// keeps it until ctx ends; report is called with the peers' state every
+// keeps it until ctx ends; report is called with the peers' state at least every
 // pollInterval. The interface stays when Run ends, so that a restart of the
 // caller does not cut sessions. An error means that the kernel refused something.
 func (t *Tunnel) Run(ctx context.Context, report func([]Peer)) error {
@@ -152,9 +154,10 @@ func peerConfig(p settings.Peer) (wgtypes.PeerConfig, error) {
 // tend looks after the peers' endpoints.
 func (t *Tunnel) tend(ctx context.Context, wg device, report func([]Peer)) error {
 	rotations := map[wgtypes.Key]*rotation{}
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
+	next := time.NewTimer(0)
+	defer next.Stop()
 	for {
+		interval := pollInterval
 		now, err := wg.Device(t.settings.Interface)
 		if err != nil {
 			return fmt.Errorf("vpn: read %s: %w", t.settings.Interface, err)
@@ -183,19 +186,23 @@ func (t *Tunnel) tend(ctx context.Context, wg device, report func([]Peer)) error
 			if state.Up != was {
 				t.log.Info("vpn peer", "peer", p.Name, "up", state.Up)
 			}
-			if next, ok := r.turn(ctx); ok {
-				t.log.Debug("vpn peer: next endpoint", "peer", p.Name, "endpoint", next.index+1, "of", len(p.Endpoints))
-				if err := t.point(wg, p, next.address); err != nil {
+			if !state.Up {
+				interval = searchInterval
+			}
+			if c, ok := r.turn(ctx); ok {
+				t.log.Debug("vpn peer: next endpoint", "peer", p.Name, "endpoint", c.index+1, "of", len(p.Endpoints))
+				if err := t.point(wg, p, c.address); err != nil {
 					return err
 				}
 			}
 			peers = append(peers, state)
 		}
 		report(peers)
+		next.Reset(interval)
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-next.C:
 		}
 	}
 }
