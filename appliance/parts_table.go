@@ -70,7 +70,7 @@ func networkProfile(h part.Header) confine.Profile {
 		Write:   []string{h.Paths.RunDir(part.Network), h.Paths.StateDir(part.Network)},
 	}
 	if h.Firmware {
-		p.Caps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_TIME}
+		p.Caps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_TIME}
 	}
 	return p
 }

@@ -56,7 +56,7 @@ func TestConfinementTable(t *testing.T) {
 	}{
 		{
 			"firmware", true, part.FirmwarePaths(), "/run/farkeep", "/state", "/media",
-			[]uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_TIME},
+			[]uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_TIME},
 		},
 		// Another system has the network and the clock there.
 		{"service", false, part.ServicePaths(), "/run/farkeep", "/var/lib/farkeep", "/var/lib/farkeep/media", nil},
