@@ -62,21 +62,22 @@ var errTaken = errors.New("a newer attempt at the same repository took over")
 
 // claim makes the repository's push for an offer. One that was left by the same
 // key between verbs is closed; one whose peer has been silent, busy or not, is
-// ended. Otherwise it is ErrBusy.
-func (c *call) claim(ctx context.Context, repository string, cancel context.CancelCauseFunc) (*push, error) {
+// ended. Otherwise it is ErrBusy. The returned context is the verb's until done.
+func (c *call) claim(ctx context.Context, repository string) (context.Context, *push, error) {
 	for {
 		c.mu.Lock()
 		old := c.pushes[repository]
 		if old == nil {
-			p := &push{repository: repository, key: c.args.Key, born: time.Now(), busy: true, cancel: cancel, ended: make(chan struct{})}
+			p := &push{repository: repository, key: c.args.Key, born: time.Now()}
 			c.pushes[repository] = p
+			ctx = p.begin(ctx)
 			c.mu.Unlock()
-			return p, nil
+			return ctx, p, nil
 		}
 		if !old.busy {
 			if old.key != c.args.Key && old.silent() < c.brief.Idle {
 				c.mu.Unlock()
-				return nil, c.busy(repository)
+				return nil, nil, c.busy(repository)
 			}
 			delete(c.pushes, repository)
 			c.mu.Unlock()
@@ -91,7 +92,7 @@ func (c *call) claim(ctx context.Context, repository string, cancel context.Canc
 		ended := old.ended
 		c.mu.Unlock()
 		if !await(ctx, ended, limit) {
-			return nil, c.busy(repository)
+			return nil, nil, c.busy(repository)
 		}
 	}
 }
@@ -100,40 +101,50 @@ func (k *Keeper) busy(repository string) error {
 	return hint.Because(fmt.Errorf("push %s: %w", repository, generations.ErrBusy), "wait for it to end; one that is stalled can be taken over after %v", k.brief.Takeover)
 }
 
-// use finds the push of that id and makes it busy for a verb.
-func (c *call) use(ctx context.Context, id string, cancel context.CancelCauseFunc) (*push, error) {
+// use finds the push of that id and makes it busy for a verb, whose context it
+// returns: it is over when the verb is done, or loses the push to another.
+func (c *call) use(ctx context.Context, id string) (context.Context, *push, error) {
 	repository, err := generations.PushRepository(id)
 	if err != nil {
-		return nil, hint.Exit(hint.ExitUsage, err)
+		return nil, nil, hint.Exit(hint.ExitUsage, err)
 	}
 	if err := c.allowed(repository); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for {
 		c.mu.Lock()
 		p := c.pushes[repository]
 		if p == nil || p.tx == nil || p.tx.ID() != id || p.key != c.args.Key {
 			c.mu.Unlock()
-			return nil, hint.Exit(hint.ExitUnreachable, hint.Because(fmt.Errorf("push %s is not open", id), "offer it again: what was uploaded is kept"))
+			return nil, nil, hint.Exit(hint.ExitUnreachable, hint.Because(fmt.Errorf("push %s is not open", id), "offer it again: what was uploaded is kept"))
 		}
 		if !p.busy {
-			p.busy, p.cancel, p.ended = true, cancel, make(chan struct{})
+			ctx = p.begin(ctx)
 			p.touch()
 			c.mu.Unlock()
-			return p, nil
+			return ctx, p, nil
 		}
 		ended := p.ended
 		c.mu.Unlock()
 		if !await(ctx, ended, settle) {
-			return nil, c.busy(repository)
+			return nil, nil, c.busy(repository)
 		}
 	}
+}
+
+// begin makes p busy for a verb, under the Keeper's mutex. The verb's context
+// ends with done.
+func (p *push) begin(ctx context.Context) context.Context {
+	ctx, p.cancel = context.WithCancelCause(ctx)
+	p.busy, p.ended = true, make(chan struct{})
+	return ctx
 }
 
 // done ends a verb's use of a push. Without keep the repository is free again.
 func (k *Keeper) done(p *push, keep bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	p.cancel(nil)
 	p.touch()
 	p.busy = false
 	if !keep {
@@ -168,9 +179,7 @@ func offer(ctx context.Context, c *call) error {
 		return err
 	}
 	defer leave()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	p, err := c.claim(ctx, c.args.Repository, cancel)
+	ctx, p, err := c.claim(ctx, c.args.Repository)
 	if err != nil {
 		return err
 	}
@@ -227,9 +236,7 @@ func upload(ctx context.Context, c *call) error {
 		return err
 	}
 	defer leave()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	p, err := c.use(ctx, c.args.Push, cancel)
+	ctx, p, err := c.use(ctx, c.args.Push)
 	if err != nil {
 		return err
 	}
@@ -254,9 +261,7 @@ func commit(ctx context.Context, c *call) error {
 		return err
 	}
 	defer leave()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	p, err := c.use(ctx, c.args.Push, cancel)
+	ctx, p, err := c.use(ctx, c.args.Push)
 	if err != nil {
 		// A commit whose answer was lost is asked for again.
 		if g, ok := store.Committed(c.args.Push); ok && c.sees(g.Repository) && g.Pusher == c.args.Key {
@@ -314,9 +319,7 @@ func abort(ctx context.Context, c *call) error {
 		return err
 	}
 	defer leave()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	p, err := c.use(ctx, c.args.Push, cancel)
+	ctx, p, err := c.use(ctx, c.args.Push)
 	if err != nil {
 		return err
 	}
