@@ -159,10 +159,10 @@ func Parse(name string, text []byte) (*Appliance, error) {
 		return nil, err
 	}
 	a.setDefaults()
-	v := validator{file: name, text: text}
-	a.validate(&v)
-	if v.err != nil {
-		return nil, v.err
+	v := validator{tomlfile.NewChecker(name, text)}
+	a.validate(v)
+	if err := v.Err(); err != nil {
+		return nil, err
 	}
 	return a, nil
 }

@@ -148,10 +148,10 @@ func Parse(name string, text []byte) (*Site, error) {
 		return nil, err
 	}
 	s.SetDefaults()
-	v := validator{file: name, text: text}
-	s.validate(&v)
-	if v.err != nil {
-		return nil, v.err
+	v := validator{tomlfile.NewChecker(name, text)}
+	s.validate(v)
+	if err := v.Err(); err != nil {
+		return nil, err
 	}
 	return s, nil
 }

@@ -1,7 +1,6 @@
 package site
 
 import (
-	"fmt"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -23,63 +22,47 @@ const (
 // "service" for the program under a system of the user's own.
 func Boards() []string { return []string{"pi3", "pi4", "zero2w", "virt", "service"} }
 
-// validator keeps the first mistake and finds its line.
-type validator struct {
-	file string
-	text []byte
-	err  error
+// validator knows what values of a site look like.
+type validator struct{ *tomlfile.Checker }
+
+func (v validator) name(s, table string, n int) {
+	v.Check(settings.IsName(s), table, "name", n, "%q is not a name: small letters, digits, dots and dashes, 63 at most", s)
 }
 
-// check records a mistake in the n-th element of table unless ok.
-func (v *validator) check(ok bool, table, key string, n int, format string, args ...any) {
-	if ok || v.err != nil {
-		return
-	}
-	full := key
-	if table != "" {
-		full = table + "." + key
-	}
-	v.err = &tomlfile.Error{File: v.file, Line: tomlfile.Line(v.text, table, key, n), Key: full, Text: fmt.Sprintf(format, args...)}
+func (v validator) hostPort(s, table, key string, n int) {
+	v.Check(settings.IsHostPort(s), table, key, n, "%q is not host:port", s)
 }
 
-func (v *validator) name(s, table string, n int) {
-	v.check(settings.IsName(s), table, "name", n, "%q is not a name: small letters, digits, dots and dashes, 63 at most", s)
-}
-
-func (v *validator) hostPort(s, table, key string, n int) {
-	v.check(settings.IsHostPort(s), table, key, n, "%q is not host:port", s)
-}
-
-func (v *validator) publicKey(s, table, key string, n int) {
+func (v validator) publicKey(s, table, key string, n int) {
 	_, err := identity.ParsePublic(s)
-	v.check(err == nil, table, key, n, "%v", err)
+	v.Check(err == nil, table, key, n, "%v", err)
 }
 
-func (v *validator) wireGuardKey(s, table, key string, n int) {
+func (v validator) wireGuardKey(s, table, key string, n int) {
 	_, err := identity.ParseWireGuard(s)
-	v.check(err == nil, table, key, n, "%v", err)
+	v.Check(err == nil, table, key, n, "%v", err)
 }
 
-func (v *validator) path(s, table string, n int) {
-	v.check(filepath.IsAbs(s) && filepath.Clean(s) == s, table, "path", n, "%q is not a plain absolute path", s)
+func (v validator) path(s, table string, n int) {
+	v.Check(filepath.IsAbs(s) && filepath.Clean(s) == s, table, "path", n, "%q is not a plain absolute path", s)
 }
 
 // unique finds what must not be named twice; owner says who has it already.
 type unique map[string]string
 
-func (u unique) take(v *validator, value, owner, table, key string, n int) {
+func (u unique) take(v validator, value, owner, table, key string, n int) {
 	if value == "" {
 		return
 	}
 	first, taken := u[value]
-	v.check(!taken, table, key, n, "%s has it already: every one has its own", first)
+	v.Check(!taken, table, key, n, "%s has it already: every one has its own", first)
 	u[value] = owner
 }
 
-func (s *Site) validate(v *validator) {
+func (s *Site) validate(v validator) {
 	v.name(s.Name, "", 0)
 	s.validateHome(v)
-	v.check(len(s.KeyServers) >= 1 && len(s.KeyServers) <= settings.MaxKeyServers, "key_server", "name", 0, "1 to %d key servers are needed, %d are named", settings.MaxKeyServers, len(s.KeyServers))
+	v.Check(len(s.KeyServers) >= 1 && len(s.KeyServers) <= settings.MaxKeyServers, "key_server", "name", 0, "1 to %d key servers are needed, %d are named", settings.MaxKeyServers, len(s.KeyServers))
 	names := unique{}
 	for i, k := range s.KeyServers {
 		v.name(k.Name, "key_server", i)
@@ -92,7 +75,7 @@ func (s *Site) validate(v *validator) {
 	s.validateAlarms(v)
 }
 
-func (s *Site) validateHome(v *validator) {
+func (s *Site) validateHome(v validator) {
 	h := s.Home
 	v.name(h.Name, "home", 0)
 	v.publicKey(h.PushKey, "home", "push_key", 0)
@@ -101,23 +84,23 @@ func (s *Site) validateHome(v *validator) {
 			continue
 		}
 		v.publicKey(k.value, "operator", k.key, 0)
-		v.check(!identity.SamePublic(k.value, h.PushKey), "operator", k.key, 0, "this is home's push key: whoever takes over home would be the operator")
+		v.Check(!identity.SamePublic(k.value, h.PushKey), "operator", k.key, 0, "this is home's push key: whoever takes over home would be the operator")
 	}
-	v.check(s.Operator.AdminKey == "" || !identity.SamePublic(s.Operator.AdminKey, s.Operator.RestoreKey), "operator", "restore_key", 0, "this is the admin key: one key has one role")
+	v.Check(s.Operator.AdminKey == "" || !identity.SamePublic(s.Operator.AdminKey, s.Operator.RestoreKey), "operator", "restore_key", 0, "this is the admin key: one key has one role")
 
 	if !s.VPN.Network.IsValid() {
 		// The system's own VPN carries the traffic: every appliance says so below.
-		v.check(h.VPNKey == "" && len(s.VPN.Endpoints) == 0, "vpn", "network", 0, "the network of the VPN is missing: write for instance 10.77.0.0/24")
+		v.Check(h.VPNKey == "" && len(s.VPN.Endpoints) == 0, "vpn", "network", 0, "the network of the VPN is missing: write for instance 10.77.0.0/24")
 		return
 	}
-	v.check(s.VPN.Network.Masked() == s.VPN.Network, "vpn", "network", 0, "%v is an address in a network: write %v", s.VPN.Network, s.VPN.Network.Masked())
-	v.check(len(s.VPN.Endpoints) >= 1 && len(s.VPN.Endpoints) <= settings.MaxEndpoints, "vpn", "endpoints", 0, "1 to %d endpoints are needed: where the appliances find home", settings.MaxEndpoints)
+	v.Check(s.VPN.Network.Masked() == s.VPN.Network, "vpn", "network", 0, "%v is an address in a network: write %v", s.VPN.Network, s.VPN.Network.Masked())
+	v.Check(len(s.VPN.Endpoints) >= 1 && len(s.VPN.Endpoints) <= settings.MaxEndpoints, "vpn", "endpoints", 0, "1 to %d endpoints are needed: where the appliances find home", settings.MaxEndpoints)
 	for _, e := range s.VPN.Endpoints {
 		v.hostPort(e, "vpn", "endpoints", 0)
 	}
-	v.check(s.VPN.ListenPort >= 1 && s.VPN.ListenPort <= 65535, "vpn", "listen_port", 0, "%d is not a port", s.VPN.ListenPort)
+	v.Check(s.VPN.ListenPort >= 1 && s.VPN.ListenPort <= 65535, "vpn", "listen_port", 0, "%d is not a port", s.VPN.ListenPort)
 	v.wireGuardKey(h.VPNKey, "home", "vpn_key", 0)
-	v.check(usable(s.VPN.Network, h.VPNAddress), "home", "vpn_address", 0, "%v is no address of %v", h.VPNAddress, s.VPN.Network)
+	v.Check(usable(s.VPN.Network, h.VPNAddress), "home", "vpn_address", 0, "%v is no address of %v", h.VPNAddress, s.VPN.Network)
 }
 
 // usable reports whether a is an address in p that a machine may have.
@@ -134,9 +117,9 @@ func lastOf(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-func (s *Site) validateAppliances(v *validator) {
+func (s *Site) validateAppliances(v validator) {
 	const table = "appliance"
-	v.check(len(s.Appliances) <= MaxAppliances, table, "name", MaxAppliances, "at most %d appliances", MaxAppliances)
+	v.Check(len(s.Appliances) <= MaxAppliances, table, "name", MaxAppliances, "at most %d appliances", MaxAppliances)
 	names, addresses, vpnKeys, clientKeys, hostKeys, disks := unique{}, unique{}, unique{}, unique{}, unique{}, unique{}
 	if s.Home.VPNAddress.IsValid() {
 		addresses[s.Home.VPNAddress.String()] = "home"
@@ -145,14 +128,14 @@ func (s *Site) validateAppliances(v *validator) {
 	for i, a := range s.Appliances {
 		v.name(a.Name, table, i)
 		names.take(v, a.Name, "another appliance", table, "name", i)
-		v.check(slices.Contains(Boards(), a.Board), table, "board", i, "%q is not a board: one of %s", a.Board, strings.Join(Boards(), ", "))
+		v.Check(slices.Contains(Boards(), a.Board), table, "board", i, "%q is not a board: one of %s", a.Board, strings.Join(Boards(), ", "))
 		if a.Board == "service" && a.VPNKey == "" {
 			// Reached through a VPN of the system's own; its address there is all we need.
 			v.hostPort(a.Address, table, "address", i)
 		} else {
-			v.check(s.VPN.Network.IsValid(), table, "board", i, "%q needs a VPN: write [vpn]; only \"service\" may use the system's own", a.Board)
+			v.Check(s.VPN.Network.IsValid(), table, "board", i, "%q needs a VPN: write [vpn]; only \"service\" may use the system's own", a.Board)
 			v.wireGuardKey(a.VPNKey, table, "vpn_key", i)
-			v.check(usable(s.VPN.Network, a.VPNAddress), table, "vpn_address", i, "%v is no address of %v", a.VPNAddress, s.VPN.Network)
+			v.Check(usable(s.VPN.Network, a.VPNAddress), table, "vpn_address", i, "%v is no address of %v", a.VPNAddress, s.VPN.Network)
 			v.hostPort(a.Address, table, "address", i)
 		}
 		if a.VPNAddress.IsValid() {
@@ -163,17 +146,17 @@ func (s *Site) validateAppliances(v *validator) {
 		v.publicKey(a.ClientKey, table, "client_key", i)
 		hostKeys.take(v, fingerprint(a.HostKey), a.Name, table, "host_key", i)
 		clientKeys.take(v, fingerprint(a.ClientKey), a.Name, table, "client_key", i)
-		v.check(a.LUKS == "" || settings.IsLUKSUUID(a.LUKS), table, "luks_uuid", i, "%q is not a LUKS UUID: farkeep-image disk prints it, and so does cryptsetup luksUUID", a.LUKS)
+		v.Check(a.LUKS == "" || settings.IsLUKSUUID(a.LUKS), table, "luks_uuid", i, "%q is not a LUKS UUID: farkeep-image disk prints it, and so does cryptsetup luksUUID", a.LUKS)
 		disks.take(v, a.LUKS, a.Name, table, "luks_uuid", i)
 
 		key, text := a.Relay.Mistake()
-		v.check(key == "", "appliance.relay", key, i, "%s", text)
+		v.Check(key == "", "appliance.relay", key, i, "%s", text)
 		key, text = a.Window.Mistake()
-		v.check(key == "", "appliance.window", key, i, "%s", text)
+		v.Check(key == "", "appliance.window", key, i, "%s", text)
 		p := a.KeyPolicy
-		v.check(p.Source == "any" || p.Source == "vpn", "appliance.key_policy", "source", i, "%q is neither any nor vpn", p.Source)
-		v.check(p.Source != "vpn" || a.VPNAddress.IsValid(), "appliance.key_policy", "source", i, "the appliance has no vpn_address to compare with")
-		v.check(p.KeysPerDay >= 1 && p.KeysPerDay <= 1440, "appliance.key_policy", "keys_per_day", i, "%d is not between 1 and 1440", p.KeysPerDay)
+		v.Check(p.Source == "any" || p.Source == "vpn", "appliance.key_policy", "source", i, "%q is neither any nor vpn", p.Source)
+		v.Check(p.Source != "vpn" || a.VPNAddress.IsValid(), "appliance.key_policy", "source", i, "the appliance has no vpn_address to compare with")
+		v.Check(p.KeysPerDay >= 1 && p.KeysPerDay <= 1440, "appliance.key_policy", "keys_per_day", i, "%d is not between 1 and 1440", p.KeysPerDay)
 	}
 }
 
@@ -185,26 +168,26 @@ func fingerprint(line string) string {
 	return identity.Fingerprint(key)
 }
 
-func (s *Site) validateSources(v *validator) {
-	v.check(len(s.Repositories)+len(s.Folders) <= MaxRepositories, "repository", "name", 0, "at most %d repositories and folders", MaxRepositories)
+func (s *Site) validateSources(v validator) {
+	v.Check(len(s.Repositories)+len(s.Folders) <= MaxRepositories, "repository", "name", 0, "at most %d repositories and folders", MaxRepositories)
 	names, paths := unique{}, unique{}
 	for i, r := range s.Repositories {
-		v.check(settings.IsRepository(r.Name), "repository", "name", i, "%q is not a repository name: letters, digits, dots, dashes and underscores", r.Name)
+		v.Check(settings.IsRepository(r.Name), "repository", "name", i, "%q is not a repository name: letters, digits, dots, dashes and underscores", r.Name)
 		names.take(v, r.Name, "another repository", "repository", "name", i)
 		v.path(r.Path, "repository", i)
 		paths.take(v, r.Path, r.Name, "repository", "path", i)
-		v.check(r.Mount == "" || filepath.IsAbs(r.Mount), "repository", "mount", i, "%q is not an absolute path", r.Mount)
+		v.Check(r.Mount == "" || filepath.IsAbs(r.Mount), "repository", "mount", i, "%q is not an absolute path", r.Mount)
 	}
 	for i, f := range s.Folders {
 		v.path(f.Path, "repository_folder", i)
 		paths.take(v, f.Path, "another entry", "repository_folder", "path", i)
-		v.check(f.Prefix == "" || settings.IsRepository(f.Prefix), "repository_folder", "prefix", i, "%q is not the beginning of a repository name", f.Prefix)
-		v.check(f.Mount == "" || filepath.IsAbs(f.Mount), "repository_folder", "mount", i, "%q is not an absolute path", f.Mount)
+		v.Check(f.Prefix == "" || settings.IsRepository(f.Prefix), "repository_folder", "prefix", i, "%q is not the beginning of a repository name", f.Prefix)
+		v.Check(f.Mount == "" || filepath.IsAbs(f.Mount), "repository_folder", "mount", i, "%q is not an absolute path", f.Mount)
 		for _, name := range f.Exclude {
-			v.check(name != "" && !strings.Contains(name, "/"), "repository_folder", "exclude", i, "%q is not a name directly inside the folder", name)
+			v.Check(name != "" && !strings.Contains(name, "/"), "repository_folder", "exclude", i, "%q is not a name directly inside the folder", name)
 		}
 	}
-	v.check(len(s.Directories) <= MaxDirectories, "directory_target", "name", 0, "at most %d directory targets", MaxDirectories)
+	v.Check(len(s.Directories) <= MaxDirectories, "directory_target", "name", 0, "at most %d directory targets", MaxDirectories)
 	targets := unique{}
 	for _, a := range s.Appliances {
 		targets[a.Name] = "an appliance"
@@ -214,28 +197,28 @@ func (s *Site) validateSources(v *validator) {
 		targets.take(v, d.Name, "another target", "directory_target", "name", i)
 		v.path(d.Path, "directory_target", i)
 	}
-	v.check(s.Push.RateLimit >= 0, "push", "rate_limit", 0, "a rate cannot be negative")
+	v.Check(s.Push.RateLimit >= 0, "push", "rate_limit", 0, "a rate cannot be negative")
 }
 
-func (s *Site) validateAlarms(v *validator) {
+func (s *Site) validateAlarms(v validator) {
 	key, text := s.DeadMan.Mistake()
-	v.check(key == "", "dead_man", key, 0, "%s", text)
-	v.check(len(s.Clock.Servers) <= settings.MaxClockServers, "clock", "servers", 0, "at most %d time sources", settings.MaxClockServers)
+	v.Check(key == "", "dead_man", key, 0, "%s", text)
+	v.Check(len(s.Clock.Servers) <= settings.MaxClockServers, "clock", "servers", 0, "at most %d time sources", settings.MaxClockServers)
 	for _, server := range s.Clock.Servers {
-		v.check(server != "" && len(server) <= 255, "clock", "servers", 0, "%q is not a host", server)
+		v.Check(server != "" && len(server) <= 255, "clock", "servers", 0, "%q is not a host", server)
 	}
 
 	m := s.Mail
 	if m.Server == "" {
 		// Not every program that reads the site sends mail.
-		v.check(m.User == "" && m.From == "" && len(m.To) == 0, "mail", "server", 0, "the mail server is missing: write host:port")
+		v.Check(m.User == "" && m.From == "" && len(m.To) == 0, "mail", "server", 0, "the mail server is missing: write host:port")
 		return
 	}
 	v.hostPort(m.Server, "mail", "server", 0)
-	v.check(m.TLS == "implicit" || m.TLS == "starttls", "mail", "tls", 0, "%q is neither implicit nor starttls", m.TLS)
-	v.check(settings.IsMailAddress(m.From), "mail", "from", 0, "%q is not a mail address", m.From)
-	v.check(len(m.To) >= 1 && len(m.To) <= settings.MaxRecipients, "mail", "to", 0, "1 to %d recipients are needed", settings.MaxRecipients)
+	v.Check(m.TLS == "implicit" || m.TLS == "starttls", "mail", "tls", 0, "%q is neither implicit nor starttls", m.TLS)
+	v.Check(settings.IsMailAddress(m.From), "mail", "from", 0, "%q is not a mail address", m.From)
+	v.Check(len(m.To) >= 1 && len(m.To) <= settings.MaxRecipients, "mail", "to", 0, "1 to %d recipients are needed", settings.MaxRecipients)
 	for _, to := range m.To {
-		v.check(settings.IsMailAddress(to), "mail", "to", 0, "%q is not a mail address", to)
+		v.Check(settings.IsMailAddress(to), "mail", "to", 0, "%q is not a mail address", to)
 	}
 }

@@ -62,3 +62,22 @@ func TestLine(t *testing.T) {
 		}
 	}
 }
+
+func TestChecker(t *testing.T) {
+	c := tomlfile.NewChecker("f.toml", []byte("name = 'a'\n[disk]\npercent = 95\n"))
+	c.Check(true, "", "name", 0, "not told")
+	if err := c.Err(); err != nil {
+		t.Fatalf("without a mistake: %v", err)
+	}
+	c.Check(false, "disk", "percent", 0, "%d is too many", 95)
+	c.Check(false, "", "name", 0, "a later one")
+	var e *tomlfile.Error
+	if err := c.Err(); !errors.As(err, &e) || err.Error() != "f.toml:3: disk.percent: 95 is too many" {
+		t.Errorf("got %v; want the first mistake", err)
+	}
+	c = tomlfile.NewChecker("f.toml", nil)
+	c.Check(false, "", "name", 0, "is missing")
+	if got, want := c.Err().Error(), "f.toml: name: is missing"; got != want {
+		t.Errorf("got %q; want %q", got, want)
+	}
+}
