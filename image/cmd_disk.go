@@ -13,6 +13,7 @@ import (
 	"farkeep/shared/keywire"
 	"farkeep/shared/secret"
 	"farkeep/shared/site"
+	"farkeep/shared/usage"
 )
 
 func newDiskCmd(env *Env) *cobra.Command {
@@ -53,7 +54,7 @@ func (d *diskFlags) request(env *Env, path string) (luksdisk.Request, error) {
 		known = known || b == d.board
 	}
 	if !known {
-		return luksdisk.Request{}, usageErrorf("--board: %q is none of %s", d.board, strings.Join(site.Boards(), ", "))
+		return luksdisk.Request{}, usage.Errorf("--board: %q is none of %s", d.board, strings.Join(site.Boards(), ", "))
 	}
 	dir, err := siteinit.Open(d.dir)
 	if err != nil {
@@ -84,7 +85,7 @@ An earlier owner's data are not overwritten, only made unreachable in the ordina
 way; a disk that held secrets in clear is better overwritten first.`,
 		Example: `  farkeep-image disk prepare /dev/sdb --dir my-site --appliance attic
   truncate -s 4G attic.disk && farkeep-image disk prepare attic.disk --dir my-site --appliance attic --yes`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: usage.Args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := d.request(env, args[0])
 			if err != nil {
@@ -95,7 +96,7 @@ way; a disk that held secrets in clear is better overwritten first.`,
 				return err
 			}
 			if inodeRatio != 0 && (inodeRatio < 4096 || inodeRatio > 1<<26) {
-				return usageErrorf("--inode-ratio: %d is not between 4096 and %d bytes", inodeRatio, 1<<26)
+				return usage.Errorf("--inode-ratio: %d is not between 4096 and %d bytes", inodeRatio, 1<<26)
 			}
 			r.BytesPerInode = inodeRatio
 			r.Confirm = func(t *luksdisk.Target) error {
@@ -140,10 +141,10 @@ file system whose key you have. Its data stay. Its old keys go on opening it, un
 you remove their slots.`,
 		Example: `  farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic --key-file old.key
   farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: usage.Args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if keyFile != "" && passphraseFile != "" {
-				return usageErrorf("--key-file and --passphrase-file exclude each other: a disk has one key at a time")
+				return usage.Errorf("--key-file and --passphrase-file exclude each other: a disk has one key at a time")
 			}
 			r, err := d.request(env, args[0])
 			if err != nil {
@@ -184,7 +185,7 @@ func newDiskShowCmd(env *Env) *cobra.Command {
 		Use:     "show DEVICE|FILE",
 		Short:   "Show what is on a disk, and how large a disk the repositories want",
 		Example: "  farkeep-image disk show /dev/sdb --dir my-site",
-		Args:    usageArgs(cobra.ExactArgs(1)),
+		Args:    usage.Args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
 			t, err := luksdisk.Inspect(args[0])
 			if err != nil {
@@ -224,7 +225,7 @@ func wantedSize(s *site.Site, sizeFor string) (luksdisk.Wanted, error) {
 	}
 	n, err := luksdisk.ParseSize(sizeFor)
 	if err != nil {
-		return luksdisk.Wanted{}, usageErrorf("--size-for: %w", err)
+		return luksdisk.Wanted{}, usage.Errorf("--size-for: %w", err)
 	}
 	return luksdisk.Wanted{Repositories: n, Disk: luksdisk.For(n)}, nil
 }
@@ -241,7 +242,7 @@ func readKeyFile(path string) (secret.Bytes, error) {
 		return secret.Bytes{}, fmt.Errorf("--key-file: read %s: %w", path, err)
 	}
 	if key.Len() == 0 {
-		return secret.Bytes{}, usageErrorf("--key-file: %s is empty", path)
+		return secret.Bytes{}, usage.Errorf("--key-file: %s is empty", path)
 	}
 	return key, nil
 }

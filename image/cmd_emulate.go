@@ -92,10 +92,10 @@ func (e *emulation) run(ctx context.Context, env *Env, lineGiven bool) error {
 		Logger:         env.Logger(),
 	}
 	if (e.home == "") && len(e.serve)+len(e.expose) > 0 {
-		return usage(errors.New("--serve and --expose go through the VPN"), "name home's WireGuard configuration with --home")
+		return misused(errors.New("--serve and --expose go through the VPN"), "name home's WireGuard configuration with --home")
 	}
 	if e.relayActiveLow && !lineGiven {
-		return usage(errors.New("--relay-active-low says nothing without a line"), "name the line with --relay-line")
+		return misused(errors.New("--relay-active-low says nothing without a line"), "name the line with --relay-line")
 	}
 	for _, s := range e.forward {
 		fw, err := parseForward(s)
@@ -142,7 +142,7 @@ func (e *emulation) run(ctx context.Context, env *Env, lineGiven bool) error {
 	return play(ctx, env, cfg)
 }
 
-func usage(err error, next string) error {
+func misused(err error, next string) error {
 	return hint.Exit(hint.ExitUsage, hint.Because(err, "%s", next))
 }
 
@@ -219,7 +219,7 @@ func (e *emulation) mapPorts(env *Env, home *hometunnel.Home) error {
 		}
 		to, err := netip.ParseAddrPort(address)
 		if err != nil {
-			return usage(fmt.Errorf("%q: %w", s, err), "write --expose PORT:ADDRESS, as in --expose 2222:10.77.0.2:22")
+			return misused(fmt.Errorf("%q: %w", s, err), "write --expose PORT:ADDRESS, as in --expose 2222:10.77.0.2:22")
 		}
 		at, err := home.Expose(fmt.Sprintf("127.0.0.1:%d", port), to)
 		if err != nil {
@@ -235,7 +235,7 @@ func parseMapping(s string) (port uint16, address string, err error) {
 	first, address, ok := strings.Cut(s, ":")
 	n, err := strconv.ParseUint(first, 10, 16)
 	if !ok || err != nil || !strings.Contains(address, ":") {
-		return 0, "", usage(fmt.Errorf("%q is no PORT:ADDRESS", s), "an address has a port too, as in 7022:127.0.0.1:7022")
+		return 0, "", misused(fmt.Errorf("%q is no PORT:ADDRESS", s), "an address has a port too, as in 7022:127.0.0.1:7022")
 	}
 	return uint16(n), address, nil
 }
@@ -248,7 +248,7 @@ func parseForward(s string) (emulate.Forward, error) {
 	host, err1 := strconv.ParseUint(a, 10, 16)
 	guest, err2 := strconv.ParseUint(b, 10, 16)
 	if err1 != nil || err2 != nil {
-		return emulate.Forward{}, usage(fmt.Errorf("--forward %q is no pair of ports", s), "write [udp:]PORT:PORT, as in 8022:22")
+		return emulate.Forward{}, misused(fmt.Errorf("--forward %q is no pair of ports", s), "write [udp:]PORT:PORT, as in 8022:22")
 	}
 	return emulate.Forward{UDP: udp, HostPort: uint16(host), GuestPort: uint16(guest)}, nil
 }

@@ -13,10 +13,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"farkeep/image/siteinit"
-	"farkeep/shared/hint"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
 	"farkeep/shared/site"
+	"farkeep/shared/usage"
 )
 
 // defaultSiteDir is where the site folder is looked for without --dir.
@@ -65,7 +65,7 @@ it, and all files are brought in line with site.toml.`,
   farkeep-image site init my-site --name home --home-name borg --endpoint home.example.net:51820 \
     --mail-server smtp.example.net:465 --mail-user attic --mail-from attic@example.net --mail-to me@example.net \
     --mail-password-file mail.password --admin-passphrase-file admin.passphrase`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: usage.Args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var err error
 			ask := newPrompt(env)
@@ -78,12 +78,12 @@ it, and all files are brought in line with site.toml.`,
 			}
 			if network != "" {
 				if o.Network, err = netip.ParsePrefix(network); err != nil {
-					return usageErrorf("--vpn-network: %q is not a network: write for instance 10.77.0.0/24", network)
+					return usage.Errorf("--vpn-network: %q is not a network: write for instance 10.77.0.0/24", network)
 				}
 			}
 			if keyServerAddress != "" {
 				if o.KeyServerAddr, err = netip.ParseAddrPort(keyServerAddress); err != nil {
-					return usageErrorf("--key-server-address: %q is not an IP address and port: write for instance 10.77.0.1:%d", keyServerAddress, siteinit.KeyServerPort)
+					return usage.Errorf("--key-server-address: %q is not an IP address and port: write for instance 10.77.0.1:%d", keyServerAddress, siteinit.KeyServerPort)
 				}
 			}
 			if mailTo != "" {
@@ -153,7 +153,7 @@ func askSite(ask *prompt, o *siteinit.Options, network, mailTo *string, havePass
 	}
 	if o.MailUser == none {
 		if havePassword {
-			return usageErrorf("--mail-password-file is for a user: name it with --mail-user")
+			return usage.Errorf("--mail-password-file is for a user: name it with --mail-user")
 		}
 		o.MailUser = ""
 	}
@@ -174,7 +174,7 @@ func adminPassphrase(ask *prompt, file string) (secret.Bytes, error) {
 	}
 	if p.Len() < minPassphrase {
 		p.Wipe()
-		return secret.Bytes{}, usageErrorf("the passphrase of the admin key has less than %d characters", minPassphrase)
+		return secret.Bytes{}, usage.Errorf("the passphrase of the admin key has less than %d characters", minPassphrase)
 	}
 	return p, nil
 }
@@ -192,30 +192,30 @@ on. Without --window-length its disk opens only when a push or a person wakes it
 		Example: `  farkeep-image site add appliance attic --board pi4 --dir my-site
   farkeep-image site add appliance attic --board pi3 --relay-line 17 --relay-active low --window-start 01:30 --window-length 4h
   farkeep-image site add appliance nas --board service --own-vpn --address nas.tail1234.ts.net:2222`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: usage.Args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			n.Name = args[0]
 			f := cmd.Flags()
 			if f.Changed("relay-active") && !f.Changed("relay-line") {
-				return usageErrorf("--relay-active says how a relay switches, and there is none: name its GPIO with --relay-line")
+				return usage.Errorf("--relay-active says how a relay switches, and there is none: name its GPIO with --relay-line")
 			}
 			if f.Changed("window-start") && !f.Changed("window-length") {
-				return usageErrorf("--window-start opens a window that never ends: say how long with --window-length")
+				return usage.Errorf("--window-start opens a window that never ends: say how long with --window-length")
 			}
 			if f.Changed("relay-line") {
 				n.Relay = settings.Relay{Driver: "gpio", Line: line, Active: active}
 				if key, text := n.Relay.Mistake(); key != "" {
-					return usageErrorf("--relay-%s: %s", key, text)
+					return usage.Errorf("--relay-%s: %s", key, text)
 				}
 			}
 			if err := n.Window.Start.UnmarshalText([]byte(start)); err != nil {
-				return usageErrorf("--window-start: %v", err)
+				return usage.Errorf("--window-start: %v", err)
 			}
 			if err := n.Window.Length.UnmarshalText([]byte(length)); err != nil {
-				return usageErrorf("--window-length: %v", err)
+				return usage.Errorf("--window-length: %v", err)
 			}
 			if key, text := n.Window.Mistake(); key != "" {
-				return usageErrorf("--window-%s: %s", key, text)
+				return usage.Errorf("--window-%s: %s", key, text)
 			}
 			d, err := siteinit.Open(dir)
 			if err != nil {
@@ -243,11 +243,11 @@ func newSiteAddKeyServerCmd(env *Env) *cobra.Command {
 		Use:     "keyserver NAME",
 		Short:   "Add a key server",
 		Example: "  farkeep-image site add keyserver shed --address 192.168.1.7:4022 --dir my-site",
-		Args:    usageArgs(cobra.ExactArgs(1)),
+		Args:    usage.Args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			at, err := netip.ParseAddrPort(address)
 			if err != nil {
-				return usageErrorf("--address: %q is not an IP address and port: write for instance 192.168.1.7:%d", address, siteinit.KeyServerPort)
+				return usage.Errorf("--address: %q is not an IP address and port: write for instance 192.168.1.7:%d", address, siteinit.KeyServerPort)
 			}
 			d, err := siteinit.Open(dir)
 			if err != nil {
@@ -270,15 +270,15 @@ func newSiteAddRepositoryCmd(env *Env) *cobra.Command {
 		Short: "Add a repository, or a folder in which every Borg repository is one",
 		Example: `  farkeep-image site add repository photos /srv/borg/photos --mount /srv/borg --dir my-site
   farkeep-image site add repository --folder /srv/borg --exclude lost+found --dir my-site`,
-		Args: usageArgs(cobra.MaximumNArgs(2)),
+		Args: usage.Args(cobra.MaximumNArgs(2)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
 			case folder != "" && len(args) > 0:
-				return usageErrorf("--folder names every repository by its own folder: leave out %q", strings.Join(args, " "))
+				return usage.Errorf("--folder names every repository by its own folder: leave out %q", strings.Join(args, " "))
 			case folder == "" && len(args) != 2:
-				return usageErrorf("name the repository and its path, or a folder of repositories with --folder")
+				return usage.Errorf("name the repository and its path, or a folder of repositories with --folder")
 			case folder == "" && (prefix != "" || len(exclude) > 0):
-				return usageErrorf("--prefix and --exclude go with --folder")
+				return usage.Errorf("--prefix and --exclude go with --folder")
 			}
 			d, err := siteinit.Open(dir)
 			if err != nil {
@@ -308,7 +308,7 @@ func newSiteShowCmd(env *Env) *cobra.Command {
 		Use:     "show",
 		Short:   "Show a site, and what is still missing",
 		Example: "  farkeep-image site show --dir my-site",
-		Args:    usageArgs(cobra.NoArgs),
+		Args:    usage.Args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			d, err := siteinit.Open(dir)
 			if err != nil {
@@ -401,21 +401,7 @@ func readLine(path, flag string) (secret.Bytes, error) {
 	line, _, _ := bytes.Cut(all.Reveal(), []byte("\n"))
 	line = bytes.TrimSuffix(line, []byte("\r"))
 	if len(line) == 0 {
-		return secret.Bytes{}, usageErrorf("%s: the first line of %s is empty", flag, path)
+		return secret.Bytes{}, usage.Errorf("%s: the first line of %s is empty", flag, path)
 	}
 	return secret.New(line), nil
-}
-
-func usageErrorf(format string, args ...any) error {
-	return hint.Exit(hint.ExitUsage, fmt.Errorf(format, args...))
-}
-
-// usageArgs gives a complaint about arguments the exit code and the hint of one about flags.
-func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
-		}
-		return nil
-	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"farkeep/shared/hint"
 	"farkeep/shared/secret"
+	"farkeep/shared/usage"
 )
 
 // prompt asks a person at a terminal. Without one, whatever would be asked is
@@ -56,7 +57,7 @@ func (p *prompt) line(flag, question, fallback string) (string, error) {
 			return fallback, nil
 		}
 	}
-	return "", usageErrorf("%s: no answer", flag)
+	return "", usage.Errorf("%s: no answer", flag)
 }
 
 // secret asks for something that is not shown while it is typed.
@@ -87,7 +88,7 @@ func (p *prompt) newSecret(flag, question string) (secret.Bytes, error) {
 	}
 	if !bytes.Equal(first.Reveal(), second.Reveal()) {
 		first.Wipe()
-		return secret.Bytes{}, usageErrorf("the two were not the same")
+		return secret.Bytes{}, usage.Errorf("the two were not the same")
 	}
 	return first, nil
 }

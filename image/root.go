@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 )
 
 const program = "farkeep-image"
@@ -54,9 +55,7 @@ func newRootCmd(env *Env) *cobra.Command {
 	root.SetIn(env.Stdin)
 	root.SetOut(env.Stdout)
 	root.SetErr(env.Stderr)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
-	})
+	root.SetFlagErrorFunc(usage.Flags)
 	root.AddCommand(
 		newBuildCmd(env),
 		newPersonaliseCmd(env),

@@ -13,6 +13,7 @@ import (
 	"farkeep/shared/keywire"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -27,7 +28,7 @@ func newAddCmd(env *Env, where *places) *cobra.Command {
 it, as it is for cryptsetup --key-file. A key that is there already stays.`,
 		Example: `  farkeep-keyserver add 0b6e1f5c-8d1b-4c52-9a57-6a2f0c9d3e11 --key-file disk.key
   farkeep-keyserver add 0b6e1f5c-8d1b-4c52-9a57-6a2f0c9d3e11 --stdin < disk.key`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: usage.Args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
 			uuid := args[0]
 			if !settings.IsLUKSUUID(uuid) {
@@ -99,13 +100,13 @@ func readKey(env *Env, file string) (secret.Bytes, error) {
 	}
 	key, err := secret.ReadAll(io.Reader(in), keywire.MaxKey)
 	if errors.Is(err, secret.ErrTooLong) {
-		return secret.Bytes{}, usageErrorf("this is longer than %d bytes: not a key", keywire.MaxKey)
+		return secret.Bytes{}, usage.Errorf("this is longer than %d bytes: not a key", keywire.MaxKey)
 	}
 	if err != nil {
 		return secret.Bytes{}, fmt.Errorf("read the key: %w", err)
 	}
 	if key.Len() == 0 {
-		return secret.Bytes{}, usageErrorf("the key is empty")
+		return secret.Bytes{}, usage.Errorf("the key is empty")
 	}
 	return key, nil
 }

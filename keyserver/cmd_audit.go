@@ -7,6 +7,7 @@ import (
 
 	"farkeep/keyserver/audit"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -24,17 +25,17 @@ serve writes the head after every record to its own log; name one with --expect.
 		Example: `  farkeep-keyserver audit
   farkeep-keyserver audit --json
   farkeep-keyserver audit --verify`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			switch {
 			case verify && asJSON:
-				return usageErrorf("--verify prints no records: leave out --json")
+				return usage.Errorf("--verify prints no records: leave out --json")
 			case len(expect) > 0 && !verify:
-				return usageErrorf("--expect goes with --verify")
+				return usage.Errorf("--expect goes with --verify")
 			}
 			for _, h := range expect {
 				if !headPattern.MatchString(h) {
-					return usageErrorf("--expect: %q is not a head: 64 hexadecimal digits", h)
+					return usage.Errorf("--expect: %q is not a head: 64 hexadecimal digits", h)
 				}
 			}
 			if verify {

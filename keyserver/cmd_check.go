@@ -6,6 +6,7 @@ import (
 	"farkeep/keyserver/audit"
 	"farkeep/keyserver/keystore"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -17,7 +18,7 @@ func newCheckCmd(env *Env, where *places) *cobra.Command {
 		Long: `Check site.toml, the host key, the keys and their modes, the state and the chain
 of the audit log. Nothing is changed, and nothing is sent.`,
 		Example: "  farkeep-keyserver check",
-		Args:    usageArgs(cobra.NoArgs),
+		Args:    usage.Args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			found := 0
 			complain := func(err error) {

@@ -8,6 +8,7 @@ import (
 
 	"farkeep/keyserver/keystore"
 	"farkeep/keyserver/policy"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -31,7 +32,7 @@ func newListCmd(env *Env, where *places) *cobra.Command {
 		Long:  "List the appliances of the site. No key is ever printed.",
 		Example: `  farkeep-keyserver list
   farkeep-keyserver list --json`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			rows, unclaimed, err := where.rows()
 			if err != nil {

@@ -5,6 +5,7 @@ import (
 
 	"farkeep/keyserver/audit"
 	"farkeep/keyserver/policy"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -17,7 +18,7 @@ func newRevokeCmd(env *Env, where *places) *cobra.Command {
 		Long: `Give an appliance no key any more, from now on and until "allow". The running
 server need not be restarted. Do it on every key server of the site.`,
 		Example: `  farkeep-keyserver revoke attic --reason "stolen"`,
-		Args:    usageArgs(cobra.ExactArgs(1)),
+		Args:    usage.Args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o, err := newOrder(env, where, args[0], reason)
 			if err != nil {
@@ -49,7 +50,7 @@ func newAllowCmd(env *Env, where *places) *cobra.Command {
 		Use:     "allow NAME",
 		Short:   "Give an appliance its key again",
 		Example: `  farkeep-keyserver allow attic --reason "it was only borrowed"`,
-		Args:    usageArgs(cobra.ExactArgs(1)),
+		Args:    usage.Args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o, err := newOrder(env, where, args[0], reason)
 			if err != nil {
@@ -82,10 +83,10 @@ type order struct {
 
 func newOrder(env *Env, where *places, name, reason string) (*order, error) {
 	if reason == "" {
-		return nil, usageErrorf("--reason is missing: in a year somebody will ask why")
+		return nil, usage.Errorf("--reason is missing: in a year somebody will ask why")
 	}
 	if len(reason) > 300 {
-		return nil, usageErrorf("--reason is longer than 300 bytes")
+		return nil, usage.Errorf("--reason is longer than 300 bytes")
 	}
 	s, err := where.readSite()
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"farkeep/keyserver/keystore"
 	"farkeep/keyserver/server"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -22,7 +23,7 @@ func newServeCmd(env *Env, where *places) *cobra.Command {
 after a change. Orders (revoke, allow) and new keys (add) count at once.`,
 		Example: `  farkeep-keyserver serve
   farkeep-keyserver serve --site site.toml --secrets keyserver-home --state state --listen 127.0.0.1:4022`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log := env.Logger()
 			s, err := where.readSite()

@@ -18,6 +18,7 @@ import (
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
 	"farkeep/shared/site"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
@@ -59,15 +60,13 @@ revoked it, and writes down every decision before it acts on it.`,
   farkeep-keyserver revoke attic --reason "stolen"`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          usageArgs(cobra.NoArgs),
+		Args:          usage.Args(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetIn(env.Stdin)
 	root.SetOut(env.Stdout)
 	root.SetErr(env.Stderr)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
-	})
+	root.SetFlagErrorFunc(usage.Flags)
 	f := root.PersistentFlags()
 	f.StringVar(&where.site, "site", "/etc/farkeep/site.toml", "the site")
 	f.StringVar(&where.secrets, "secrets", "/etc/farkeep/keyserver", "folder with ssh_host_key and keys/")
@@ -153,18 +152,4 @@ func known(s *site.Site, name string) (*site.Appliance, error) {
 		list = "the site has " + strings.Join(names, ", ")
 	}
 	return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("there is no appliance %q", name), "%s", list))
-}
-
-func usageErrorf(format string, args ...any) error {
-	return hint.Exit(hint.ExitUsage, fmt.Errorf(format, args...))
-}
-
-// usageArgs gives a complaint about arguments the exit code and the hint of one about flags.
-func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
-		}
-		return nil
-	}
 }

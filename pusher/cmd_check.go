@@ -7,6 +7,7 @@ import (
 
 	"farkeep/pusher/borglock"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 )
 
 func newCheckCmd(env *Env, at *places) *cobra.Command {
@@ -16,7 +17,7 @@ func newCheckCmd(env *Env, at *places) *cobra.Command {
 		Long: `check reads the site and the push key, looks for every repository, and compares
 it with what was pushed before. It asks no target: status does.`,
 		Example: `  farkeep-pusher check --site ./site.toml --identity ./home/pusher/ssh_key`,
-		Args:    usage(cobra.NoArgs),
+		Args:    usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := at.readSite()
 			if err != nil {

@@ -11,6 +11,7 @@ import (
 
 	"farkeep/pusher/push"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 )
 
 func newForgetCmd(env *Env, at *places) *cobra.Command {
@@ -22,7 +23,7 @@ and which Borg id it had. The next push takes what is there for the repository.
 Generations on targets are not touched: no command of this program can do that.`,
 		Example: `  # the repository was removed, moved or made anew on purpose
   farkeep-pusher forget photos`,
-		Args: usage(cobra.MinimumNArgs(1)),
+		Args: usage.Args(cobra.MinimumNArgs(1)),
 		RunE: func(_ *cobra.Command, names []string) error {
 			state, err := push.Open(at.state, env.Now())
 			if err != nil {

@@ -16,6 +16,7 @@ import (
 	"farkeep/pusher/repository"
 	"farkeep/shared/hint"
 	"farkeep/shared/site"
+	"farkeep/shared/usage"
 )
 
 func newPushCmd(env *Env, at *places) *cobra.Command {
@@ -44,14 +45,14 @@ man's switch quiet.`,
 
   # what would be pushed
   farkeep-pusher push --repository photos --dry-run`,
-		Args: usage(cobra.NoArgs),
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx := cmd.Context()
 			if rate < 0 {
-				return hint.Exit(hint.ExitUsage, fmt.Errorf("--rate-limit %d: a rate cannot be negative", rate))
+				return usage.Errorf("--rate-limit %d: a rate cannot be negative", rate)
 			}
 			if priority != "idle" && priority != "normal" {
-				return hint.Exit(hint.ExitUsage, fmt.Errorf("--priority %q is neither idle nor normal", priority))
+				return usage.Errorf("--priority %q is neither idle nor normal", priority)
 			}
 			s, err := at.readSite()
 			if err != nil {

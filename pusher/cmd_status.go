@@ -15,6 +15,7 @@ import (
 	"farkeep/pusher/target"
 	"farkeep/shared/hint"
 	"farkeep/shared/pushwire"
+	"farkeep/shared/usage"
 )
 
 // statusWait bounds how long a target may take to answer.
@@ -63,7 +64,7 @@ Whether a repository has a recent archive is "unknown": that it changed proves
 nothing, and its newest archive cannot be read without a passphrase.`,
 		Example: `  farkeep-pusher status
   farkeep-pusher status --json | jq '.targets[].status.disk'`,
-		Args: usage(cobra.NoArgs),
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := at.readSite()
 			if err != nil {

@@ -24,6 +24,7 @@ import (
 	"farkeep/shared/identity"
 	"farkeep/shared/site"
 	"farkeep/shared/tomlfile"
+	"farkeep/shared/usage"
 )
 
 const program = "farkeep-pusher"
@@ -80,14 +81,12 @@ done, 4 refused by the other side, 5 out of reach, 130 interrupted.`,
   farkeep-pusher status`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          usage(cobra.NoArgs),
+		Args:          usage.Args(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetOut(env.Stdout)
 	root.SetErr(env.Stderr)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
-	})
+	root.SetFlagErrorFunc(usage.Flags)
 	f := root.PersistentFlags()
 	f.StringVar(&at.site, "site", "/etc/farkeep/site.toml", "the site")
 	f.StringVar(&at.identity, "identity", "/etc/farkeep/pusher/ssh_key", "the pusher's SSH key")
@@ -95,16 +94,6 @@ done, 4 refused by the other side, 5 out of reach, 130 interrupted.`,
 	f.BoolVarP(&at.verbose, "verbose", "v", false, "say more")
 	root.AddCommand(newPushCmd(env, at), newStatusCmd(env, at), newCheckCmd(env, at), newForgetCmd(env, at))
 	return root
-}
-
-// usage makes wrong arguments a usage error.
-func usage(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
-		}
-		return nil
-	}
 }
 
 func (at *places) logger(w io.Writer) *slog.Logger {

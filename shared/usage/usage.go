@@ -1,0 +1,28 @@
+// Package usage turns what is wrong with a command line into errors that carry
+// hint.ExitUsage and lead to the command's help. What is right is the
+// command's to say.
+package usage
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"farkeep/shared/hint"
+)
+
+// Args gives check's complaint about arguments the exit code and the hint of
+// one about flags.
+func Args(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error { return Flags(cmd, check(cmd, args)) }
+}
+
+// Flags is a root command's FlagErrorFunc. It returns nil for a nil err.
+func Flags(cmd *cobra.Command, err error) error {
+	return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
+}
+
+// Errorf is fmt.Errorf for a mistake in the command line.
+func Errorf(format string, args ...any) error {
+	return hint.Exit(hint.ExitUsage, fmt.Errorf(format, args...))
+}
