@@ -16,8 +16,9 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"path"
 	"strings"
+
+	"farkeep/shared/modname"
 )
 
 // Bounds on index files: Debian's full modules.alias has 25,000 lines.
@@ -38,15 +39,6 @@ type Index struct {
 
 type alias struct{ pattern, module string }
 
-// Name returns the canonical name of a module, given its name or file.
-func Name(s string) string {
-	s = path.Base(s)
-	if i := strings.Index(s, ".ko"); i > 0 {
-		s = s[:i]
-	}
-	return strings.ReplaceAll(s, "-", "_")
-}
-
 // ReadIndex reads modules.dep, modules.alias and, where they exist,
 // modules.softdep and modules.builtin from a modules folder.
 func ReadIndex(fsys fs.FS) (*Index, error) {
@@ -59,7 +51,7 @@ func ReadIndex(fsys fs.FS) (*Index, error) {
 		{"modules.dep", false, ix.addDep},
 		{"modules.alias", false, ix.addAlias},
 		{"modules.softdep", true, ix.addSoft},
-		{"modules.builtin", true, func(s string) error { ix.builtin[Name(s)] = true; return nil }},
+		{"modules.builtin", true, func(s string) error { ix.builtin[modname.Canonical(s)] = true; return nil }},
 	} {
 		r, err := fsys.Open(f.name)
 		if f.optional && errors.Is(err, fs.ErrNotExist) {
@@ -101,10 +93,10 @@ func (ix *Index) addDep(line string) error {
 	if !ok || !fs.ValidPath(file) || file == "." {
 		return fmt.Errorf("%.80q is not a dependency", line)
 	}
-	name := Name(file)
+	name := modname.Canonical(file)
 	ix.files[name] = file
 	for need := range strings.FieldsSeq(needs) {
-		ix.deps[name] = append(ix.deps[name], Name(need))
+		ix.deps[name] = append(ix.deps[name], modname.Canonical(need))
 	}
 	return nil
 }
@@ -115,7 +107,7 @@ func (ix *Index) addAlias(line string) error {
 		return fmt.Errorf("%.80q is not an alias", line)
 	}
 	// A few patterns have spaces in them.
-	ix.aliases = append(ix.aliases, alias{strings.Join(f[1:len(f)-1], " "), Name(f[len(f)-1])})
+	ix.aliases = append(ix.aliases, alias{strings.Join(f[1:len(f)-1], " "), modname.Canonical(f[len(f)-1])})
 	return nil
 }
 
@@ -124,7 +116,7 @@ func (ix *Index) addSoft(line string) error {
 	if len(f) < 3 || f[0] != "softdep" {
 		return fmt.Errorf("%.80q is not a soft dependency", line)
 	}
-	name, into := Name(f[1]), ix.pre
+	name, into := modname.Canonical(f[1]), ix.pre
 	for _, word := range f[2:] {
 		switch word {
 		case "pre:":
@@ -142,13 +134,13 @@ func (ix *Index) addSoft(line string) error {
 // order. A module's own name, or an alias that names another one, as soft
 // dependencies use them, fits too.
 func (ix *Index) Lookup(modalias string) []string {
-	if name := Name(modalias); ix.files[name] != "" && !strings.ContainsAny(modalias, ":,/") {
+	if name := modname.Canonical(modalias); ix.files[name] != "" && !strings.ContainsAny(modalias, ":,/") {
 		return []string{name}
 	}
 	var out []string
 	seen := map[string]bool{}
 	for _, a := range ix.aliases {
-		if !seen[a.module] && Match(a.pattern, modalias) {
+		if !seen[a.module] && modname.Match(a.pattern, modalias) {
 			seen[a.module] = true
 			out = append(out, a.module)
 		}
@@ -178,8 +170,8 @@ func (ix *Index) Order(module string) ([]string, error) {
 		}
 		each := func(names []string, soft bool) error {
 			for _, n := range names {
-				targets := []string{Name(n)}
-				if soft && ix.files[Name(n)] == "" {
+				targets := []string{modname.Canonical(n)}
+				if soft && ix.files[modname.Canonical(n)] == "" {
 					targets = ix.Lookup(n)
 				}
 				for _, target := range targets {
@@ -203,69 +195,8 @@ func (ix *Index) Order(module string) ([]string, error) {
 		out = append(out, file)
 		return each(ix.post[name], true)
 	}
-	if err := visit(Name(module), false); err != nil {
+	if err := visit(modname.Canonical(module), false); err != nil {
 		return nil, err
 	}
 	return out, nil
-}
-
-// Match says whether s fits pattern: "*", "?" and "[a-z]" as in fnmatch(3)
-// without flags, which is what depmod and modprobe use. It takes at most
-// len(pattern)*len(s) steps.
-func Match(pattern, s string) bool {
-	star, mark := -1, 0 // the last "*", and the end of what it has taken so far
-	p, i := 0, 0
-	for i < len(s) {
-		if p < len(pattern) && pattern[p] == '*' {
-			star, mark = p, i
-			p++
-			continue
-		}
-		if n := matchOne(pattern[p:], s[i]); n > 0 {
-			p, i = p+n, i+1
-			continue
-		}
-		if star < 0 {
-			return false
-		}
-		mark++
-		p, i = star+1, mark
-	}
-	return strings.Trim(pattern[p:], "*") == ""
-}
-
-// matchOne returns the length of pattern's first element if c fits it, else 0.
-func matchOne(pattern string, c byte) int {
-	if pattern == "" {
-		return 0
-	}
-	n, ok := 1, pattern[0] == c
-	switch pattern[0] {
-	case '?':
-		ok = true
-	case '[':
-		end := strings.IndexByte(pattern, ']')
-		if end < 0 {
-			break // a plain bracket
-		}
-		n, ok = end+1, inSet(pattern[1:end], c)
-	}
-	if !ok {
-		return 0
-	}
-	return n
-}
-
-func inSet(set string, c byte) bool {
-	for i := 0; i < len(set); i++ {
-		if i+2 < len(set) && set[i+1] == '-' {
-			if set[i] <= c && c <= set[i+2] {
-				return true
-			}
-			i += 2
-		} else if set[i] == c {
-			return true
-		}
-	}
-	return false
 }

@@ -14,6 +14,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"farkeep/shared/modname"
 )
 
 // tree is a small modules folder with everything that real ones have.
@@ -57,7 +59,7 @@ func index(t *testing.T) *Index {
 func names(files []string) []string {
 	var out []string
 	for _, f := range files {
-		out = append(out, Name(f))
+		out = append(out, modname.Canonical(f))
 	}
 	return out
 }
@@ -104,22 +106,6 @@ func TestLookup(t *testing.T) {
 	}
 }
 
-func TestMatch(t *testing.T) {
-	for _, tt := range []struct {
-		pattern, s string
-		want       bool
-	}{
-		{"", "", true}, {"", "x", false}, {"*", "", true}, {"*", "anything", true}, {"a*c", "abbbc", true}, {"a*c", "abbb", false},
-		{"a?c", "abc", true}, {"a?c", "ac", false}, {"[a-c]x", "bx", true}, {"[a-c]x", "dx", false}, {"[abc]x", "cx", true},
-		{"[0-9]*[0-9]", "1x2", true}, {"a[", "a[", true}, {"a[", "ab", false}, {"**a**", "bab", true}, {"*.ko", "x.ko.ko", true},
-		{strings.Repeat("a*", 200) + "b", strings.Repeat("a", 5000), false}, // would never end if it backtracked
-	} {
-		if got := Match(tt.pattern, tt.s); got != tt.want {
-			t.Errorf("Match(%.20q, %.20q) = %v", tt.pattern, tt.s, got)
-		}
-	}
-}
-
 func TestBadIndexes(t *testing.T) {
 	for name, content := range map[string]string{
 		"modules.dep":     "no colon here\n",
@@ -157,8 +143,8 @@ func loader(t *testing.T, sys string, answers map[string]error) (*Loader, *[]str
 	t.Helper()
 	var loaded []string
 	l := newLoader(index(t), "/m", sys, slog.New(slog.DiscardHandler), func(file string) error {
-		loaded = append(loaded, Name(path.Base(file)))
-		return answers[Name(path.Base(file))]
+		loaded = append(loaded, modname.Canonical(path.Base(file)))
+		return answers[modname.Canonical(path.Base(file))]
 	})
 	return l, &loaded
 }
@@ -214,7 +200,7 @@ func TestColdplug(t *testing.T) {
 	device("usb1/1-2", "usb:v0781p5581d0100dc00dsc00dp00ic09isc00ip00in00")
 	var loaded []string
 	l := newLoader(index(t), "/m", root, slog.New(slog.DiscardHandler), func(file string) error {
-		name := Name(path.Base(file))
+		name := modname.Canonical(path.Base(file))
 		loaded = append(loaded, name)
 		if name == "uas" {
 			device("usb1/1-1/host0/target", "fs-ext4")
@@ -264,22 +250,6 @@ func FuzzIndex(f *testing.F) {
 				}
 				seen[file] = true
 			}
-		}
-	})
-}
-
-func FuzzMatch(f *testing.F) {
-	f.Add("a*[b-d]?", "axxcz")
-	f.Fuzz(func(t *testing.T, pattern, s string) {
-		// What has no special characters matches itself alone.
-		if !strings.ContainsAny(pattern, "*?[") && Match(pattern, s) != (pattern == s) {
-			t.Errorf("Match(%q, %q)", pattern, s)
-		}
-		if !Match("*"+s[:0]+"*", s) {
-			t.Errorf("** does not match %q", s)
-		}
-		if Match(pattern, s) && !Match("*"+pattern, "x"+s) {
-			t.Errorf("Match(%q, %q), but not with a star before", pattern, s)
 		}
 	})
 }

@@ -14,6 +14,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"farkeep/shared/modname"
 )
 
 // Loader loads modules, each file at most once.
@@ -81,10 +83,10 @@ func (l *Loader) Load(module string) error {
 				err = nil
 			}
 			l.tried[file] = err
-			l.log.Debug("module", "name", Name(file), "err", err)
+			l.log.Debug("module", "name", modname.Canonical(file), "err", err)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("load module %s: %w", Name(file), err))
+			errs = append(errs, fmt.Errorf("load module %s: %w", modname.Canonical(file), err))
 		}
 	}
 	return errors.Join(errs...)

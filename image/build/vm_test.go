@@ -22,6 +22,7 @@ import (
 	"farkeep/image/kmodules"
 	"farkeep/image/sdcard"
 	"farkeep/shared/card"
+	"farkeep/shared/modname"
 )
 
 // options are those of a build with a small program in the appliance's place.
@@ -305,7 +306,7 @@ func withoutModule(files []kmodules.File, module string) kmodules.Source {
 		var kept []string
 		for line := range strings.Lines(string(data)) {
 			file, _, isDep := strings.Cut(line, ":")
-			if name == "modules.dep" && isDep && kmodules.Name(file) == module || name == "modules.alias" && strings.HasSuffix(line, " "+module+"\n") {
+			if name == "modules.dep" && isDep && modname.Canonical(file) == module || name == "modules.alias" && strings.HasSuffix(line, " "+module+"\n") {
 				continue
 			}
 			kept = append(kept, line)

@@ -15,6 +15,7 @@ import (
 	"farkeep/image/fdt"
 	"farkeep/image/kmodules"
 	"farkeep/shared/card"
+	"farkeep/shared/modname"
 )
 
 // AlwaysLoaded lists modules that the appliance loads on every machine, in this
@@ -215,7 +216,7 @@ func check(need Need, tree []fdt.Node, ix *kmodules.Index, kernel []byte) (Drive
 	}
 	named := isModalias(need.Device) || bytes.Contains(kernel, []byte(need.Device+"\x00"))
 	if need.Builtin != "" && ix.Builtin(need.Builtin) && named {
-		d.Builtin = []string{kmodules.Name(need.Builtin)}
+		d.Builtin = []string{modname.Canonical(need.Builtin)}
 		return d, nil
 	}
 	return d, fmt.Errorf("no module of the image and no built-in driver claims %s", modalias)

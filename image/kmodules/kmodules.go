@@ -14,11 +14,12 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path"
 	"slices"
 	"strings"
 
 	"github.com/ulikunitz/xz"
+
+	"farkeep/shared/modname"
 )
 
 // maxModule bounds a decompressed module.
@@ -37,15 +38,6 @@ type Index struct {
 }
 
 type alias struct{ pattern, module string }
-
-// Name returns the canonical name of a module, given a name or a path.
-func Name(s string) string {
-	s = path.Base(s)
-	if i := strings.Index(s, ".ko"); i > 0 {
-		s = s[:i]
-	}
-	return strings.ReplaceAll(s, "-", "_")
-}
 
 // Source reads a file of a modules directory (lib/modules/VERSION).
 type Source func(name string) ([]byte, error)
@@ -83,7 +75,7 @@ func Load(source Source) (*Index, error) {
 		if len(f) < 3 || f[0] != "alias" {
 			return fmt.Errorf("%q is not an alias", line)
 		}
-		ix.aliases = append(ix.aliases, alias{strings.Join(f[1:len(f)-1], " "), Name(f[len(f)-1])})
+		ix.aliases = append(ix.aliases, alias{strings.Join(f[1:len(f)-1], " "), modname.Canonical(f[len(f)-1])})
 		return nil
 	})
 	if err != nil {
@@ -96,7 +88,7 @@ func Load(source Source) (*Index, error) {
 		}
 		for _, word := range f[2:] {
 			if word != "pre:" && word != "post:" {
-				ix.soft[Name(f[1])] = append(ix.soft[Name(f[1])], word)
+				ix.soft[modname.Canonical(f[1])] = append(ix.soft[modname.Canonical(f[1])], word)
 			}
 		}
 		return nil
@@ -105,7 +97,7 @@ func Load(source Source) (*Index, error) {
 		return nil, err
 	}
 	err = eachLine(source, "modules.builtin", func(line string) error {
-		ix.builtin[Name(line)] = true
+		ix.builtin[modname.Canonical(line)] = true
 		return nil
 	})
 	if err != nil {
@@ -119,13 +111,13 @@ func (ix *Index) addDep(line string) error {
 	if !ok || !fs.ValidPath(file) {
 		return fmt.Errorf("%q is not a dependency", line)
 	}
-	name := Name(file)
+	name := modname.Canonical(file)
 	if other, ok := ix.paths[name]; ok {
 		return fmt.Errorf("module %s is there twice: %s and %s", name, other, file)
 	}
 	ix.paths[name] = file
 	for need := range strings.FieldsSeq(needs) {
-		ix.deps[name] = append(ix.deps[name], Name(need))
+		ix.deps[name] = append(ix.deps[name], modname.Canonical(need))
 	}
 	return nil
 }
@@ -142,9 +134,9 @@ func (ix *Index) loadModinfo() error {
 			continue
 		}
 		// modules.builtin leaves out drivers that cannot be built as modules.
-		ix.builtin[Name(module)] = true
+		ix.builtin[modname.Canonical(module)] = true
 		if pattern, isAlias := strings.CutPrefix(rest, "alias="); isAlias {
-			ix.builtinAliases = append(ix.builtinAliases, alias{pattern, Name(module)})
+			ix.builtinAliases = append(ix.builtinAliases, alias{pattern, modname.Canonical(module)})
 		}
 	}
 	return nil
@@ -172,7 +164,7 @@ func eachLine(source Source, file string, each func(string) error) error {
 // Lookup returns the modules and the built-in drivers that claim a modalias,
 // or that go by that name.
 func (ix *Index) Lookup(modalias string) (modules, builtin []string) {
-	name := Name(modalias)
+	name := modname.Canonical(modalias)
 	if _, ok := ix.paths[name]; ok {
 		modules = append(modules, name)
 	}
@@ -180,12 +172,12 @@ func (ix *Index) Lookup(modalias string) (modules, builtin []string) {
 		builtin = append(builtin, name)
 	}
 	for _, a := range ix.aliases {
-		if Match(a.pattern, modalias) && !slices.Contains(modules, a.module) {
+		if modname.Match(a.pattern, modalias) && !slices.Contains(modules, a.module) {
 			modules = append(modules, a.module)
 		}
 	}
 	for _, a := range ix.builtinAliases {
-		if Match(a.pattern, modalias) && !slices.Contains(builtin, a.module) {
+		if modname.Match(a.pattern, modalias) && !slices.Contains(builtin, a.module) {
 			builtin = append(builtin, a.module)
 		}
 	}
@@ -193,10 +185,10 @@ func (ix *Index) Lookup(modalias string) (modules, builtin []string) {
 }
 
 // Builtin says whether a driver is part of the kernel image.
-func (ix *Index) Builtin(name string) bool { return ix.builtin[Name(name)] }
+func (ix *Index) Builtin(name string) bool { return ix.builtin[modname.Canonical(name)] }
 
 // Path returns a module's file relative to the modules directory, "" if there is none.
-func (ix *Index) Path(name string) string { return ix.paths[Name(name)] }
+func (ix *Index) Path(name string) string { return ix.paths[modname.Canonical(name)] }
 
 // Closure returns roots and everything that they need, sorted. A root is a
 // module's name or a modalias.
@@ -324,63 +316,4 @@ func (ix *Index) read(file string) ([]byte, error) {
 // names, as the kernel makes it (drivers/of/module.c).
 func OF(compatible []string) string {
 	return "of:NTC" + strings.Join(compatible, "C")
-}
-
-// Match says whether a modalias fits an alias pattern: "*", "?" and "[a-z]",
-// as fnmatch(3) has them without flags.
-func Match(pattern, s string) bool {
-	// star and mark remember the last "*" and what it has taken so far, so that
-	// matching takes at most len(pattern)*len(s) steps.
-	star, mark := -1, 0
-	p, i := 0, 0
-	for i < len(s) {
-		if p < len(pattern) && pattern[p] == '*' {
-			star, mark = p, i
-			p++
-			continue
-		}
-		if n, ok := matchOne(pattern[p:], s[i]); ok {
-			p += n
-			i++
-			continue
-		}
-		if star < 0 {
-			return false
-		}
-		mark++
-		p, i = star+1, mark
-	}
-	for p < len(pattern) && pattern[p] == '*' {
-		p++
-	}
-	return p == len(pattern)
-}
-
-// matchOne compares the first element of pattern with c and returns the element's length.
-func matchOne(pattern string, c byte) (int, bool) {
-	if pattern == "" {
-		return 0, false
-	}
-	switch pattern[0] {
-	case '?':
-		return 1, true
-	case '[':
-		end := strings.IndexByte(pattern, ']')
-		if end < 0 {
-			return 1, c == '['
-		}
-		set := pattern[1:end]
-		for i := 0; i < len(set); i++ {
-			if i+2 < len(set) && set[i+1] == '-' {
-				if set[i] <= c && c <= set[i+2] {
-					return end + 1, true
-				}
-				i += 2
-			} else if set[i] == c {
-				return end + 1, true
-			}
-		}
-		return 0, false
-	}
-	return 1, pattern[0] == c
 }
