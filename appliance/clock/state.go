@@ -4,11 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"time"
 
+	"farkeep/appliance/plainfile"
 	"farkeep/shared/atomicfile"
 )
 
@@ -47,15 +46,10 @@ func parseState(data []byte) (saved, error) {
 
 // readState returns the zero value and no error when there is no file.
 func readState(path string) (saved, error) {
-	f, err := os.Open(path)
+	data, err := plainfile.Read(path, maxState)
 	if errors.Is(err, fs.ErrNotExist) {
 		return saved{}, nil
 	}
-	if err != nil {
-		return saved{}, fmt.Errorf("last known time: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxState))
 	if err != nil {
 		return saved{}, fmt.Errorf("last known time: %w", err)
 	}

@@ -4,12 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"time"
 
 	"farkeep/appliance/outbox"
+	"farkeep/appliance/plainfile"
 	"farkeep/shared/atomicfile"
 )
 
@@ -106,20 +105,12 @@ func parseState(data []byte) (State, error) {
 
 // readState returns a new State when there is none.
 func readState(path string) (State, error) {
-	f, err := os.Open(path)
+	data, err := plainfile.Read(path, maxState)
 	if errors.Is(err, fs.ErrNotExist) {
 		return State{}, nil
 	}
 	if err != nil {
 		return State{}, fmt.Errorf("state of the dead man's switch: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxState+1))
-	if err != nil {
-		return State{}, fmt.Errorf("state of the dead man's switch: %w", err)
-	}
-	if len(data) > maxState {
-		return State{}, fmt.Errorf("state of the dead man's switch: more than %d bytes", maxState)
 	}
 	return parseState(data)
 }

@@ -20,9 +20,8 @@ import (
 	"regexp"
 	"slices"
 
+	"farkeep/appliance/plainfile"
 	"farkeep/shared/atomicfile"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -113,7 +112,7 @@ func Read(dir, id string) ([]byte, error) {
 	if err := CheckID(id); err != nil {
 		return nil, err
 	}
-	text, err := read(filepath.Join(dir, id+suffix), MaxSize)
+	text, err := plainfile.Read(filepath.Join(dir, id+suffix), MaxSize)
 	if err != nil {
 		return nil, fmt.Errorf("read mail %s: %w", id, err)
 	}
@@ -142,7 +141,7 @@ func Prune(dir string, ids []string) error {
 
 // ReadSent reads a list of sent mails; there is none before the first.
 func ReadSent(path string) ([]string, error) {
-	data, err := read(path, maxSentSize)
+	data, err := plainfile.Read(path, maxSentSize)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -179,29 +178,4 @@ func WriteSent(path string, ids []string) error {
 		return fmt.Errorf("list of sent mails: %w", err)
 	}
 	return atomicfile.Write(path, append(data, '\n'), 0o644)
-}
-
-// read reads a regular file of at most limit bytes, and never waits: the other
-// side may have put a pipe or a link there.
-func read(path string, limit int64) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, errors.New("not a regular file")
-	}
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(data)) > limit {
-		return nil, fmt.Errorf("more than %d bytes", limit)
-	}
-	return data, nil
 }

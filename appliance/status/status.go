@@ -12,14 +12,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"time"
 
+	"farkeep/appliance/plainfile"
 	"farkeep/shared/atomicfile"
-
-	"golang.org/x/sys/unix"
 )
 
 // MaxSize bounds a status file, in bytes.
@@ -172,28 +169,12 @@ func Write(path string, v any) error {
 // none: nothing is known then. It never blocks and follows no symbolic link in
 // the last part of path.
 func Read[T any](path string) (*T, error) {
-	// A pipe in place of the file would block a plain open for ever.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	data, err := plainfile.Read(path, MaxSize+1) // and the newline
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("status: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("status: %w", err)
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("status %s: not a regular file", path)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, MaxSize+2))
-	if err != nil {
-		return nil, fmt.Errorf("status: %w", err)
-	}
-	if len(data) > MaxSize+1 {
-		return nil, fmt.Errorf("status %s: more than %d bytes", path, MaxSize)
 	}
 	v := new(T)
 	if err := json.Unmarshal(data, v); err != nil {
