@@ -26,13 +26,7 @@ func Write(path string, data []byte, perm fs.FileMode) (err error) {
 			err = fmt.Errorf("replace %s: %w", path, err)
 		}
 	}()
-	if err := f.Chmod(perm); err != nil {
-		return err
-	}
-	if _, err := f.Write(data); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
+	if err := fill(f, data, perm); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {
@@ -60,13 +54,7 @@ func Create(path string, data []byte, perm fs.FileMode) (err error) {
 			err = fmt.Errorf("create %s: %w", path, err)
 		}
 	}()
-	if err := f.Chmod(perm); err != nil {
-		return err
-	}
-	if _, err := f.Write(data); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
+	if err := fill(f, data, perm); err != nil {
 		return err
 	}
 	// link(2) refuses to replace, which rename(2) would not.
@@ -74,6 +62,17 @@ func Create(path string, data []byte, perm fs.FileMode) (err error) {
 		return err
 	}
 	return SyncDir(dir)
+}
+
+// fill makes data, and the mode, durable in a new file.
+func fill(f *os.File, data []byte, perm fs.FileMode) error {
+	if err := f.Chmod(perm); err != nil {
+		return err
+	}
+	if _, err := f.Write(data); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 // SyncDir makes the entries of a folder durable.
