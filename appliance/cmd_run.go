@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -69,17 +68,11 @@ func checkCommand(env Env) *cobra.Command {
 }
 
 func loadSettings(file string) (*settings.Appliance, error) {
-	f, err := os.Open(file)
+	text, err := tomlfile.ReadText(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("read the settings: %w", err),
 			"copy the file that \"farkeep-image site init\" made for this appliance there, or name another"))
 	}
-	if err != nil {
-		return nil, hint.Exit(hint.ExitUsage, fmt.Errorf("read the settings: %w", err))
-	}
-	defer f.Close()
-	// One byte more than Parse accepts, so that it says what is wrong.
-	text, err := io.ReadAll(io.LimitReader(f, tomlfile.MaxSize+1))
 	if err != nil {
 		return nil, hint.Exit(hint.ExitUsage, fmt.Errorf("read the settings: %w", err))
 	}

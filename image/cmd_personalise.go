@@ -3,18 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
 
 	"github.com/spf13/cobra"
 
 	"farkeep/image/sdcard"
 	"farkeep/shared/hint"
 	"farkeep/shared/settings"
+	"farkeep/shared/tomlfile"
 )
-
-// maxSettings bounds farkeep.toml while it is read.
-const maxSettings = 1 << 20
 
 func newPersonaliseCmd(env *Env) *cobra.Command {
 	var image, from, out, folder string
@@ -76,16 +72,11 @@ func personal(text []byte, a *settings.Appliance) sdcard.Personal {
 }
 
 func readSettings(name string) ([]byte, *settings.Appliance, error) {
-	f, err := os.Open(name)
+	text, err := tomlfile.ReadText(name)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read settings: %w", err)
 	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxSettings+1))
-	if err != nil {
-		return nil, nil, fmt.Errorf("read settings: %w", err)
-	}
-	if len(text) > maxSettings {
+	if len(text) > tomlfile.MaxSize {
 		return nil, nil, hint.Exit(hint.ExitUsage, errors.New(name+" is larger than 1 MiB: not settings"))
 	}
 	a, err := settings.Parse(name, text)

@@ -13,6 +13,7 @@ import (
 	"farkeep/image/sdcard"
 	"farkeep/shared/card"
 	"farkeep/shared/identity"
+	"farkeep/shared/tomlfile"
 )
 
 // settingsFile writes valid settings: the sample that the settings' own tests
@@ -126,7 +127,7 @@ func TestPersonaliseCommandRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	huge := filepath.Join(t.TempDir(), "huge.toml")
-	if err := os.WriteFile(huge, make([]byte, maxSettings+1), 0o600); err != nil {
+	if err := os.WriteFile(huge, make([]byte, tomlfile.MaxSize+1), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	out := filepath.Join(t.TempDir(), "out.img")

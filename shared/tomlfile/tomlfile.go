@@ -61,11 +61,7 @@ func ReadText(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
-	}
-	return text, nil
+	return io.ReadAll(io.LimitReader(f, MaxSize+1)) // the byte too many is for Parse to refuse
 }
 
 // Parse reads text into v; name stands for the file in errors, all of which are
