@@ -70,6 +70,19 @@ func (r *Request) appliance() (*site.Appliance, error) {
 	return a, nil
 }
 
+// find names the appliance, and the disk if it may be changed.
+func (r *Request) find() (*site.Appliance, *Target, error) {
+	a, err := r.appliance()
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := Inspect(r.Path)
+	if err != nil {
+		return nil, nil, err
+	}
+	return a, t, t.Refuse()
+}
+
 func (r *Request) board(a *site.Appliance) string {
 	if r.Board != "" {
 		return r.Board
@@ -79,15 +92,8 @@ func (r *Request) board(a *site.Appliance) string {
 
 // Prepare erases the disk and makes it an appliance's.
 func Prepare(ctx context.Context, r Request) (*Prepared, error) {
-	a, err := r.appliance()
+	a, t, err := r.find()
 	if err != nil {
-		return nil, err
-	}
-	t, err := Inspect(r.Path)
-	if err != nil {
-		return nil, err
-	}
-	if err := t.Refuse(); err != nil {
 		return nil, err
 	}
 	if t.Size < luksfile.MinSize {
@@ -97,14 +103,11 @@ func Prepare(ctx context.Context, r Request) (*Prepared, error) {
 		return nil, err
 	}
 	p := &Prepared{UUID: newUUID(), Cipher: CipherFor(r.board(a))}
-	keys, err := newKeys()
+	keys, err := r.newKeys(p)
 	if err != nil {
 		return nil, err
 	}
 	defer keys.wipe()
-	if err := r.store(p, keys); err != nil {
-		return nil, err
-	}
 	r.Progress("encrypting %s for %s (%s)", t.Path, r.board(a), p.Cipher)
 	if err := erase(t); err != nil {
 		return nil, err
@@ -122,15 +125,8 @@ func Prepare(ctx context.Context, r Request) (*Prepared, error) {
 // Adopt gives an encrypted disk that somebody has the key of to an appliance.
 // It adds two key slots and changes nothing else.
 func Adopt(ctx context.Context, r Request, existing secret.Bytes) (*Prepared, error) {
-	a, err := r.appliance()
+	a, t, err := r.find()
 	if err != nil {
-		return nil, err
-	}
-	t, err := Inspect(r.Path)
-	if err != nil {
-		return nil, err
-	}
-	if err := t.Refuse(); err != nil {
 		return nil, err
 	}
 	h, err := luksfile.Header(t.Path)
@@ -162,14 +158,11 @@ func Adopt(ctx context.Context, r Request, existing secret.Bytes) (*Prepared, er
 	if err := r.Confirm(t); err != nil {
 		return nil, err
 	}
-	keys, err := newKeys()
+	keys, err := r.newKeys(p)
 	if err != nil {
 		return nil, err
 	}
 	defer keys.wipe()
-	if err := r.store(p, keys); err != nil {
-		return nil, err
-	}
 	r.Progress("adding two key slots to %s", t.Path)
 	for _, key := range []secret.Bytes{keys.server, keys.recovery} {
 		if err := luksfile.AddKey(ctx, t.Path, existing, key); err != nil {
@@ -203,17 +196,22 @@ func checkAdoptable(path string, existing secret.Bytes) error {
 // keys are the two keys of a disk.
 type keys struct{ server, recovery secret.Bytes }
 
-func newKeys() (*keys, error) {
+// newKeys makes the keys of p and puts them where they belong.
+func (r *Request) newKeys(p *Prepared) (*keys, error) {
 	k := &keys{}
-	for _, p := range []*secret.Bytes{&k.server, &k.recovery} {
+	for _, key := range []*secret.Bytes{&k.server, &k.recovery} {
 		b := make([]byte, keywire.NewKey)
 		rand.Read(b)
-		*p = secret.New(b)
+		*key = secret.New(b)
 		// A laptop may refuse: it is asked to keep more in memory than it locks.
-		if err := p.Lock(); err != nil {
+		if err := key.Lock(); err != nil {
 			k.wipe()
 			return nil, err
 		}
+	}
+	if err := r.store(p, k); err != nil {
+		k.wipe()
+		return nil, err
 	}
 	return k, nil
 }
@@ -223,7 +221,7 @@ func (k *keys) wipe() {
 	k.recovery.Wipe()
 }
 
-// store puts the keys where they belong.
+// store writes the keys into the operator's and the key servers' folders.
 func (r *Request) store(p *Prepared, k *keys) error {
 	p.RecoveryKey = filepath.Join(r.Site.OperatorDir(), RecoveryKeyFile(p.UUID))
 	if err := atomicfile.Create(p.RecoveryKey, k.recovery.Reveal(), 0o600); err != nil {
