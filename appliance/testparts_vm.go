@@ -20,9 +20,12 @@ import (
 func testParts() []partEntry {
 	nothing := func(*settings.Appliance) any { return struct{ Unused bool }{} }
 	profile := func(part.Header) confine.Profile { return confine.Profile{UID: 990} }
-	// A machine that is told to restart itself does only that.
 	words, err := os.ReadFile("/proc/cmdline")
-	if err == nil && strings.Contains(string(words), "farkeep.test=restart") {
+	if err != nil || !strings.Contains(string(words), "farkeep.card=") {
+		return nil // tests of the service run in this build too, on the host
+	}
+	// A machine that is told to restart itself does only that.
+	if strings.Contains(string(words), "farkeep.test=restart") {
 		root := func(part.Header) confine.Profile {
 			return confine.Profile{Caps: []uintptr{unix.CAP_KILL}, Mounts: true}
 		}
