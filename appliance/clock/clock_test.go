@@ -95,7 +95,13 @@ func powerOn() *machine {
 // run starts a keeper; stop ends it and waits.
 func run(t *testing.T, m *machine, path string) (k *Keeper, stop func()) {
 	t.Helper()
-	k, err := New(Config{Path: path, Servers: three, System: m, Query: m.query, Log: slog.New(slog.DiscardHandler)})
+	return runWith(t, m, path, m.query)
+}
+
+// runWith is run with other answers than the machine's.
+func runWith(t *testing.T, m *machine, path string, query func(context.Context, string) (Sample, error)) (k *Keeper, stop func()) {
+	t.Helper()
+	k, err := New(Config{Path: path, Servers: three, System: m, Query: query, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -281,25 +287,18 @@ func TestASlowSourceHoldsNobodyUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := powerOn()
 		m.say(future, "a", "bb")
-		k, err := New(Config{Path: path, Servers: three, System: m, Log: slog.New(slog.DiscardHandler), Query: func(ctx context.Context, source string) (Sample, error) {
+		k, stop := runWith(t, m, path, func(ctx context.Context, source string) (Sample, error) {
 			if source == "ccc" {
 				<-ctx.Done()
 				return Sample{}, ctx.Err()
 			}
 			return m.query(ctx, source)
-		}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
-		go func() { done <- k.Run(ctx) }()
+		})
 		synctest.Wait()
 		if !k.Status().Set {
 			t.Errorf("after no time: %+v", k.Status())
 		}
-		cancel()
-		<-done
+		stop()
 	})
 }
 
@@ -325,22 +324,15 @@ func TestKissOfDeathIsObeyed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := powerOn()
 		asked := 0
-		k, err := New(Config{Path: path, Servers: three, System: m, Log: slog.New(slog.DiscardHandler), Query: func(ctx context.Context, source string) (Sample, error) {
+		_, stop := runWith(t, m, path, func(ctx context.Context, source string) (Sample, error) {
 			if source == "a" {
 				asked++
 				return Sample{}, &holdError{code: "DENY", wait: 24 * time.Hour}
 			}
 			return m.query(ctx, source)
-		}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
-		go func() { done <- k.Run(ctx) }()
+		})
 		time.Sleep(23 * time.Hour)
-		cancel()
-		<-done
+		stop()
 		if asked != 1 {
 			t.Errorf("asked %d times", asked)
 		}
