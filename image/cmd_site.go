@@ -42,12 +42,12 @@ command makes a new identity for an old name, and every command may be run again
 	}
 	add := &cobra.Command{
 		Use:     "add",
-		Short:   "Add an appliance, a key server or a repository to a site",
+		Short:   "Add an appliance, a pusher, a key server or a repository to a site",
 		Example: "  farkeep-image site add appliance attic --board pi4 --dir my-site",
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	add.AddCommand(newSiteAddApplianceCmd(env), newSiteAddKeyServerCmd(env), newSiteAddRepositoryCmd(env))
+	add.AddCommand(newSiteAddApplianceCmd(env), newSiteAddPusherCmd(env), newSiteAddKeyServerCmd(env), newSiteAddRepositoryCmd(env))
 	cmd.AddCommand(newSiteInitCmd(env), add, newSiteShowCmd(env))
 	return cmd
 }
@@ -237,6 +237,30 @@ on. Without --window-length its disk opens only when a push or a person wakes it
 	return cmd
 }
 
+func newSiteAddPusherCmd(env *Env) *cobra.Command {
+	var dir string
+	cmd := &cobra.Command{
+		Use:   "pusher NAME",
+		Short: "Add a further Borg server of the same home",
+		Long: `Add a further Borg server of the same home, with a farkeep-pusher of its own. It
+reaches the appliances through home, and they take repositories from it whose
+names begin with its own name and a dash.`,
+		Example: `  farkeep-image site add pusher tower --dir my-site
+  farkeep-image site add repository tower-mail /srv/borg/mail --host tower --dir my-site`,
+		Args: usage.Args(cobra.ExactArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) error {
+			d, err := siteinit.Open(dir)
+			if err != nil {
+				return err
+			}
+			report, err := d.AddPusher(args[0])
+			return printReport(env, dir, report, err)
+		},
+	}
+	dirFlag(cmd, &dir)
+	return cmd
+}
+
 func newSiteAddKeyServerCmd(env *Env) *cobra.Command {
 	var dir, address string
 	cmd := &cobra.Command{
@@ -263,13 +287,14 @@ func newSiteAddKeyServerCmd(env *Env) *cobra.Command {
 }
 
 func newSiteAddRepositoryCmd(env *Env) *cobra.Command {
-	var dir, folder, prefix, mount string
+	var dir, folder, prefix, mount, host string
 	var exclude []string
 	cmd := &cobra.Command{
 		Use:   "repository NAME PATH | repository --folder PATH",
 		Short: "Add a repository, or a folder in which every Borg repository is one",
 		Example: `  farkeep-image site add repository photos /srv/borg/photos --mount /srv/borg --dir my-site
-  farkeep-image site add repository --folder /srv/borg --exclude lost+found --dir my-site`,
+  farkeep-image site add repository --folder /srv/borg --exclude lost+found --dir my-site
+  farkeep-image site add repository --folder /srv/borg --prefix tower- --host tower --dir my-site`,
 		Args: usage.Args(cobra.MaximumNArgs(2)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
@@ -286,9 +311,9 @@ func newSiteAddRepositoryCmd(env *Env) *cobra.Command {
 			}
 			var report *siteinit.Report
 			if folder != "" {
-				report, err = d.AddFolder(site.Folder{Path: folder, Prefix: prefix, Exclude: exclude, Mount: mount})
+				report, err = d.AddFolder(site.Folder{Path: folder, Prefix: prefix, Exclude: exclude, Mount: mount, Host: host})
 			} else {
-				report, err = d.AddRepository(site.Repository{Name: args[0], Path: args[1], Mount: mount})
+				report, err = d.AddRepository(site.Repository{Name: args[0], Path: args[1], Mount: mount, Host: host})
 			}
 			return printReport(env, dir, report, err)
 		},
@@ -298,6 +323,7 @@ func newSiteAddRepositoryCmd(env *Env) *cobra.Command {
 	f.StringVar(&folder, "folder", "", "folder in which every Borg repository is one")
 	f.StringVar(&prefix, "prefix", "", "with --folder: put before each repository's name")
 	f.StringArrayVar(&exclude, "exclude", nil, "with --folder: a name in it to leave out; repeat for several")
+	f.StringVar(&host, "host", "", "the pusher that it is on (default home)")
 	f.StringVar(&mount, "mount", "", "mount point that must be mounted for the path to be trusted")
 	return cmd
 }
@@ -341,11 +367,14 @@ func showSite(w io.Writer, d *siteinit.Dir) error {
 		}
 		fmt.Fprintf(t, "appliance\t%s\t%s\t%s\t%s\t%s\n", a.Name, a.Address, a.Board, disk, relay)
 	}
+	for _, p := range s.Pushers {
+		fmt.Fprintf(t, "pusher\t%s\t%s\n", p.Name, address(p.VPNAddress))
+	}
 	for _, r := range s.Repositories {
-		fmt.Fprintf(t, "repository\t%s\t%s\n", r.Name, r.Path)
+		fmt.Fprintf(t, "repository\t%s\t%s\n", r.Name, onHost(r.Path, r.Host))
 	}
 	for _, f := range s.Folders {
-		fmt.Fprintf(t, "repositories in\t%s\n", f.Path)
+		fmt.Fprintf(t, "repositories in\t%s\n", onHost(f.Path, f.Host))
 	}
 	if s.Mail.Server != "" {
 		fmt.Fprintf(t, "mail\t%s\t%s to %s\n", s.Mail.Server, s.Mail.From, strings.Join(s.Mail.To, " "))
@@ -354,6 +383,14 @@ func showSite(w io.Writer, d *siteinit.Dir) error {
 		fmt.Fprintf(t, "missing\t%s\n", next)
 	}
 	return t.Flush()
+}
+
+// onHost is a path, with the pusher that has it unless that is home's.
+func onHost(path, host string) string {
+	if host == "" {
+		return path
+	}
+	return path + " on " + host
 }
 
 func address(a netip.Addr) string {

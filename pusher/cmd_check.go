@@ -19,22 +19,22 @@ it with what was pushed before. It asks no target: status does.`,
 		Example: `  farkeep-pusher check --site ./site.toml --identity ./home/pusher/ssh_key`,
 		Args:    usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := at.readSite()
+			me, err := at.readSelf()
 			if err != nil {
 				return err
 			}
-			if _, err := at.readIdentity(s); err != nil {
+			if _, err := at.readIdentity(me.site); err != nil {
 				return err
 			}
 			memory := at.memory()
-			if _, err := at.targets(s, nil, memory, env, at.logger(env.Stderr)); err != nil {
+			if _, err := at.targets(me, nil, memory, env, at.logger(env.Stderr)); err != nil {
 				return err
 			}
 			host, err := borglock.HostID(cmd.Context(), env.Getenv)
 			if err != nil {
 				return err
 			}
-			found, err := find(s, memory)
+			found, err := find(me, memory)
 			if err != nil {
 				return err
 			}
@@ -50,7 +50,7 @@ it with what was pushed before. It asks no target: status does.`,
 			if err := problems(found.Problems, len(found.Repositories)); err != nil {
 				return err
 			}
-			fmt.Fprintf(env.Stdout, "%d repositories, %d targets; borg's name for this host is %s\n", len(found.Repositories), len(s.Appliances)+len(s.Directories), host)
+			fmt.Fprintf(env.Stdout, "%d repositories, %d targets; borg's name for this host is %s\n", len(found.Repositories), len(me.site.Appliances)+len(me.site.Directories), host)
 			return nil
 		},
 	}

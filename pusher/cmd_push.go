@@ -54,10 +54,11 @@ man's switch quiet.`,
 			if priority != "idle" && priority != "normal" {
 				return usage.Errorf("--priority %q is neither idle nor normal", priority)
 			}
-			s, err := at.readSite()
+			me, err := at.readSelf()
 			if err != nil {
 				return err
 			}
+			s := me.site
 			state, err := push.Open(at.state, env.Now())
 			if err != nil {
 				return err
@@ -72,7 +73,7 @@ man's switch quiet.`,
 			board := progress.New(screen, env.Terminal, at.logger(env.Stderr), env.Now)
 			log := at.logger(board.Writer(env.Stderr))
 
-			found, err := find(s, memory)
+			found, err := find(me, memory)
 			if err != nil {
 				return err
 			}
@@ -94,7 +95,7 @@ man's switch quiet.`,
 			if dryRun {
 				return showPlan(env, found)
 			}
-			all, err := at.targets(s, targets, memory, env, log)
+			all, err := at.targets(me, targets, memory, env, log)
 			if err != nil {
 				return err
 			}
@@ -111,7 +112,7 @@ man's switch quiet.`,
 				return err
 			}
 			p := &push.Push{
-				Host: s.Home.Name, Repositories: found.Repositories, Problems: found.Problems, Whole: whole, Targets: all,
+				Host: me.name, Repositories: found.Repositories, Problems: found.Problems, Whole: whole, Targets: all,
 				State: at.state, Memory: memory,
 				Lock: borglock.Options{HostID: host, Wait: time.Duration(s.Push.LockWait)},
 				Rate: rateOf(cmd, s, rate), GiveUp: giveUp, Now: env.Now, Log: log, Board: board,

@@ -66,16 +66,16 @@ nothing, and its newest archive cannot be read without a passphrase.`,
   farkeep-pusher status --json | jq '.targets[].status.disk'`,
 		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := at.readSite()
+			me, err := at.readSelf()
 			if err != nil {
 				return err
 			}
 			memory := at.memory()
-			found, err := find(s, memory)
+			found, err := find(me, memory)
 			if err != nil {
 				return err
 			}
-			st := siteStatus{Site: s.Name, Host: s.Home.Name, Beside: found.Beside}
+			st := siteStatus{Site: me.site.Name, Host: me.name, Beside: found.Beside}
 			for _, r := range found.Repositories {
 				was, _, err := memory.Get(r.Name)
 				if err != nil {
@@ -86,7 +86,7 @@ nothing, and its newest archive cannot be read without a passphrase.`,
 			for _, p := range found.Problems {
 				st.Problems = append(st.Problems, problemStatus{p.Name, p.Err.Error(), hint.Of(p.Err)})
 			}
-			targets, err := at.targets(s, nil, memory, env, at.logger(env.Stderr))
+			targets, err := at.targets(me, nil, memory, env, at.logger(env.Stderr))
 			if err != nil {
 				return err
 			}

@@ -81,7 +81,16 @@ func TestScripts(t *testing.T) {
 			// site FILE makes site.toml and ssh_key, with the content of FILE at the end.
 			"site": func(ts *testscript.TestScript, _ bool, args []string) {
 				extra := strings.ReplaceAll(ts.ReadFile(args[0]), "$WORK", ts.Getenv("WORK"))
+				extra = strings.ReplaceAll(extra, "$TOWERKEY", ts.Getenv("TOWERKEY"))
 				ts.Check(writeSite(ts.Getenv("WORK"), extra))
+			},
+			// key FILE [VARIABLE] makes an identity, and keeps its public half in VARIABLE.
+			"key": func(ts *testscript.TestScript, _ bool, args []string) {
+				public, err := newKey(ts.MkAbs(args[0]))
+				ts.Check(err)
+				if len(args) > 1 {
+					ts.Setenv(args[1], strings.TrimSpace(public))
+				}
 			},
 			// holdlock makes a lock that nobody will ever release.
 			"holdlock": func(ts *testscript.TestScript, _ bool, args []string) {

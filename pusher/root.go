@@ -104,6 +104,38 @@ func (at *places) logger(w io.Writer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
+// self is the pusher that this one is.
+type self struct {
+	name string // as heartbeats carry it
+	// site is the site with this pusher's own sources and directory targets.
+	site *site.Site
+	// foreign reports whether a repository name is another pusher's.
+	foreign func(repository string) bool
+}
+
+// readSelf reads the site and finds out which of its pushers this one is. Only
+// a site of several needs the identity for that.
+func (at *places) readSelf() (*self, error) {
+	s, err := at.readSite()
+	if err != nil {
+		return nil, err
+	}
+	host, name := "", s.Home.Name
+	if len(s.Pushers) > 0 {
+		signer, err := at.readIdentity(s)
+		if err != nil {
+			return nil, err
+		}
+		public := identity.Line(signer.PublicKey(), "")
+		for _, p := range s.Pushers {
+			if identity.SamePublic(public, p.PushKey) {
+				host, name = p.Name, p.Name
+			}
+		}
+	}
+	return &self{name: name, site: s.Of(host), foreign: func(repository string) bool { return s.Owner(repository) != host }}, nil
+}
+
 // readSite reads the site.
 func (at *places) readSite() (*site.Site, error) {
 	s, err := site.Read(at.site)
@@ -120,24 +152,28 @@ func (at *places) readSite() (*site.Site, error) {
 	}
 }
 
-// readIdentity reads the push key and makes sure that it is the site's.
+// readIdentity reads the push key and makes sure that it is one of the site's:
+// home's, or that of a further pusher.
 func (at *places) readIdentity(s *site.Site) (ssh.Signer, error) {
 	signer, err := identity.ReadSigner(at.identity)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			err = hint.Because(err, `copy the folder home/pusher of the site's secrets here, or name the key: --identity FILE`)
+			err = hint.Because(err, `copy the folder home/pusher of the site's secrets here, or pushers/NAME/pusher for a further pusher; or name the key: --identity FILE`)
 		}
 		return nil, hint.Exit(hint.ExitUsage, err)
 	}
-	if !identity.SamePublic(identity.Line(signer.PublicKey(), ""), s.Home.PushKey) {
-		err := fmt.Errorf("the key %s is not the push_key of %s", at.identity, at.site)
-		return nil, hint.Exit(hint.ExitUsage, hint.Because(err, "both must come from the same run of farkeep-image site"))
+	public := identity.Line(signer.PublicKey(), "")
+	if identity.SamePublic(public, s.Home.PushKey) ||
+		slices.ContainsFunc(s.Pushers, func(p site.Pusher) bool { return identity.SamePublic(public, p.PushKey) }) {
+		return signer, nil
 	}
-	return signer, nil
+	err = fmt.Errorf("the key %s is not the push_key of %s, nor of a [[pusher]] there", at.identity, at.site)
+	return nil, hint.Exit(hint.ExitUsage, hint.Because(err, "both must come from the same site folder: copy site.toml and the key from there again"))
 }
 
 // targets makes the targets with these names; none, or "all", means all.
-func (at *places) targets(s *site.Site, names []string, memory *repository.Memory, env *Env, log *slog.Logger) ([]target.Target, error) {
+func (at *places) targets(me *self, names []string, memory *repository.Memory, env *Env, log *slog.Logger) ([]target.Target, error) {
+	s := me.site
 	wanted := func(name string) bool {
 		return len(names) == 0 || slices.Contains(names, "all") || slices.Contains(names, name)
 	}
@@ -171,7 +207,7 @@ func (at *places) targets(s *site.Site, names []string, memory *repository.Memor
 	for _, d := range s.Directories {
 		known = append(known, d.Name)
 		if wanted(d.Name) {
-			all = append(all, directory.New(directory.Config{Name: d.Name, Path: d.Path, Used: used[d.Name], Pusher: s.Home.Name, Now: env.Now, Log: log}))
+			all = append(all, directory.New(directory.Config{Name: d.Name, Path: d.Path, Used: used[d.Name], Pusher: me.name, Now: env.Now, Log: log}))
 		}
 	}
 	for _, name := range names {
@@ -202,10 +238,16 @@ func usedTargets(m *repository.Memory) (map[string]bool, error) {
 
 // find looks for the site's repositories and compares them with what is
 // remembered. What fails is a problem of the result.
-func find(s *site.Site, memory *repository.Memory) (repository.Found, error) {
-	found := repository.Find(s)
+func find(me *self, memory *repository.Memory) (repository.Found, error) {
+	found := repository.Find(me.site)
 	var good []repository.Repository
 	for _, r := range found.Repositories {
+		if me.foreign(r.Name) {
+			// A folder's repositories have their names from whoever makes one there.
+			err := hint.Because(fmt.Errorf("%s has the name of another pusher's repository", r.Path), "rename it, or give its folder a prefix in site.toml")
+			found.Problems = append(found.Problems, repository.Problem{Name: r.Name, Err: err})
+			continue
+		}
 		if err := memory.Check(r); err != nil {
 			found.Problems = append(found.Problems, repository.Problem{Name: r.Name, Err: err})
 			continue
@@ -214,7 +256,7 @@ func find(s *site.Site, memory *repository.Memory) (repository.Found, error) {
 	}
 	found.Repositories = good
 	var folders []string
-	for _, f := range s.Folders {
+	for _, f := range me.site.Folders {
 		folders = append(folders, f.Path)
 	}
 	missing, err := memory.Missing(found, folders)

@@ -44,6 +44,11 @@ func (d *Dir) refresh(r *Report) error {
 	if err := d.refreshHome(s, r); err != nil {
 		return err
 	}
+	for _, p := range s.Pushers {
+		if err := d.refreshPusher(s, p, r); err != nil {
+			return err
+		}
+	}
 	for _, k := range s.KeyServers {
 		folder := keyServerFolder(k.Name)
 		if err := d.verify(filepath.Join(folder, "ssh_host_key"), k.HostKey); err != nil {
@@ -72,9 +77,11 @@ func (d *Dir) refresh(r *Report) error {
 	return nil
 }
 
-// homePeer is an appliance as home's WireGuard and firewall see it.
+// homePeer is an appliance or a further pusher, as home's WireGuard sees it.
 type homePeer struct {
-	site.Appliance
+	Name         string
+	VPNKey       string
+	VPNAddress   netip.Addr
 	PresharedKey secret.Text
 }
 
@@ -103,7 +110,8 @@ func (d *Dir) refreshHome(s *site.Site, r *Report) error {
 		Address         netip.Prefix
 		Peers           []homePeer
 		AtHome, Through []opening // key servers on home itself, and behind it
-	}{Site: s, Interface: Interface, Key: key, Address: netip.PrefixFrom(s.Home.VPNAddress, s.VPN.Network.Bits())}
+		Passage         passage
+	}{Site: s, Interface: Interface, Key: key, Passage: passageOf(s), Address: netip.PrefixFrom(s.Home.VPNAddress, s.VPN.Network.Bits())}
 	for _, a := range s.Appliances {
 		if a.VPNKey == "" {
 			continue
@@ -112,7 +120,14 @@ func (d *Dir) refreshHome(s *site.Site, r *Report) error {
 		if err != nil {
 			return err
 		}
-		data.Peers = append(data.Peers, homePeer{a, psk})
+		data.Peers = append(data.Peers, homePeer{a.Name, a.VPNKey, a.VPNAddress, psk})
+	}
+	for _, p := range s.Pushers {
+		psk, err := d.pusherPreshared(p.Name)
+		if err != nil {
+			return err
+		}
+		data.Peers = append(data.Peers, homePeer{p.Name, p.VPNKey, p.VPNAddress, psk})
 	}
 	for _, k := range s.KeyServers {
 		address, err := keyServerAddress(k)
@@ -301,8 +316,11 @@ func (d *Dir) fillVPN(full *settings.Appliance, s *site.Site, a site.Appliance) 
 		return err
 	}
 	full.VPN.Address = netip.PrefixFrom(a.VPNAddress, s.VPN.Network.Bits())
-	// Only home, and a key server behind it: to an appliance the others do not exist.
+	// Only home, the pushers and key servers behind it: to an appliance the others do not exist.
 	allowed := []netip.Prefix{netip.PrefixFrom(s.Home.VPNAddress, s.Home.VPNAddress.BitLen())}
+	for _, p := range s.Pushers {
+		allowed = append(allowed, netip.PrefixFrom(p.VPNAddress, p.VPNAddress.BitLen()))
+	}
 	for _, k := range s.KeyServers {
 		address, err := keyServerAddress(k)
 		if err != nil {
@@ -322,6 +340,9 @@ func (d *Dir) fillVPN(full *settings.Appliance, s *site.Site, a site.Appliance) 
 // receiverKeys are the site's keys, followed by those that a person added.
 func receiverKeys(s *site.Site, old []settings.ReceiverKey) []settings.ReceiverKey {
 	keys := []settings.ReceiverKey{{Name: s.Home.Name, Role: "push", PublicKey: s.Home.PushKey, Repositories: []string{"*"}}}
+	for _, p := range s.Pushers {
+		keys = append(keys, settings.ReceiverKey{Name: p.Name, Role: "push", PublicKey: p.PushKey, Repositories: []string{p.Repositories()}})
+	}
 	if s.Operator.AdminKey != "" {
 		keys = append(keys, settings.ReceiverKey{Name: "operator", Role: "admin", PublicKey: s.Operator.AdminKey})
 	}

@@ -28,6 +28,8 @@ func TestFirewall(t *testing.T) {
 	d := complete(t)
 	_, err := d.AddKeyServer("second", netip.MustParseAddrPort("192.168.77.7:4022"))
 	check(t, err)
+	_, err = d.AddPusher("tower")
+	check(t, err)
 	w := newWorld(t)
 	w.in("home", func() error {
 		rules := filepath.Join(d.Path(), "home", "wireguard", "farkeep.nft")
@@ -40,7 +42,7 @@ func TestFirewall(t *testing.T) {
 	})
 	for _, at := range []struct{ host, address string }{
 		{"home", "10.77.0.1:4022"}, {"home", "10.77.0.1:22"}, {"home", "192.168.77.1:4022"}, {"home", "192.168.77.1:80"},
-		{"attic", "10.77.0.2:22"}, {"shed", "10.77.0.3:22"}, {"lan", "192.168.77.7:4022"}, {"lan", "192.168.77.7:22"},
+		{"attic", "10.77.0.2:22"}, {"attic", "10.77.0.2:80"}, {"shed", "10.77.0.3:22"}, {"tower", "10.77.0.4:22"}, {"lan", "192.168.77.7:4022"}, {"lan", "192.168.77.7:22"},
 	} {
 		w.listen(at.host, at.address)
 	}
@@ -60,6 +62,13 @@ func TestFirewall(t *testing.T) {
 		{"shed", "10.77.0.2:22", false},
 		{"home", "10.77.0.2:22", true}, // home pushes
 		{"home", "10.77.0.3:22", true},
+		{"tower", "10.77.0.2:22", true}, // a further pusher pushes
+		{"tower", "10.77.0.3:22", true},
+		{"tower", "10.77.0.2:80", false},
+		{"tower", "10.77.0.1:4022", false}, // no key for it
+		{"tower", "192.168.77.7:4022", false},
+		{"tower", "10.77.0.1:22", false},
+		{"attic", "10.77.0.4:22", false},
 		{"lan", "10.77.0.2:22", false}, // nobody else at home does
 		{"lan", "10.77.0.1:22", true},  // what is no appliance is none of these rules' business
 	} {
@@ -80,8 +89,8 @@ func TestFirewall(t *testing.T) {
 	}
 }
 
-// world is a few network namespaces: home with the bridge "farkeep" to attic
-// and shed, and with a LAN.
+// world is a few network namespaces: home with the bridge "farkeep" to attic,
+// shed and the pusher tower, and with a LAN.
 type world struct {
 	t  *testing.T
 	ns map[string]netns.NsHandle
@@ -90,7 +99,7 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{t: t, ns: map[string]netns.NsHandle{}}
-	for _, name := range []string{"home", "attic", "shed", "lan"} {
+	for _, name := range []string{"home", "attic", "shed", "tower", "lan"} {
 		w.ns[name] = newNamespace(t)
 	}
 	w.in("home", func() error {
@@ -98,7 +107,7 @@ func newWorld(t *testing.T) *world {
 		if err := errors.Join(netlink.LinkAdd(bridge), os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0)); err != nil {
 			return err
 		}
-		for i, peer := range []string{"attic", "shed", "lan"} {
+		for i, peer := range []string{"attic", "shed", "lan", "tower"} {
 			veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprint("port", i)}, PeerName: "eth0"}
 			if peer != "lan" {
 				veth.MasterIndex = bridge.Index
@@ -116,10 +125,10 @@ func newWorld(t *testing.T) *world {
 		}
 		return errors.Join(
 			address("farkeep", "10.77.0.1/32"), address("port2", "192.168.77.1/24"), address("lo", "127.0.0.1/8"),
-			route("farkeep", "10.77.0.2/32", ""), route("farkeep", "10.77.0.3/32", ""),
+			route("farkeep", "10.77.0.2/32", ""), route("farkeep", "10.77.0.3/32", ""), route("farkeep", "10.77.0.4/32", ""),
 		)
 	})
-	for name, own := range map[string]string{"attic": "10.77.0.2/32", "shed": "10.77.0.3/32"} {
+	for name, own := range map[string]string{"attic": "10.77.0.2/32", "shed": "10.77.0.3/32", "tower": "10.77.0.4/32"} {
 		w.in(name, func() error {
 			return errors.Join(address("eth0", own), route("eth0", "10.77.0.1/32", ""), route("eth0", "0.0.0.0/0", "10.77.0.1"))
 		})

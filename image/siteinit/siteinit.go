@@ -5,6 +5,7 @@
 //	home/                      for the Borg server
 //	    pusher/ssh_key         the pusher's identity
 //	    wireguard/             farkeep.conf for wg-quick, farkeep.nft for the firewall
+//	pushers/NAME/              for a further Borg server: pusher/, wireguard/
 //	keyserver-NAME/            for a key server
 //	    ssh_host_key
 //	    keys/UUID.key          the disks' keys
@@ -457,10 +458,10 @@ func (d *Dir) AddRepository(n site.Repository) (*Report, error) {
 func (d *Dir) AddFolder(n site.Folder) (*Report, error) {
 	return d.change(func(doc *site.Document, _ *Report) error {
 		for _, old := range doc.Site().Folders {
-			if old.Path == n.Path && old.Prefix == n.Prefix && old.Mount == n.Mount && slices.Equal(old.Exclude, n.Exclude) {
+			if old.Path == n.Path && old.Prefix == n.Prefix && old.Mount == n.Mount && old.Host == n.Host && slices.Equal(old.Exclude, n.Exclude) {
 				return nil
 			}
-			if old.Path == n.Path {
+			if old.Path == n.Path && old.Host == n.Host {
 				return usage(hint.Because(fmt.Errorf("the folder %s is there already", old.Path), "edit its entry in %s", d.SitePath()))
 			}
 		}
@@ -532,7 +533,7 @@ func claim(dir string) error {
 	}
 	for _, e := range entries {
 		name := e.Name()
-		if name != "site.toml" && name != "home" && name != "operator" && name != "appliances" && name != "README.txt" &&
+		if name != "site.toml" && name != "home" && name != "operator" && name != "appliances" && name != "pushers" && name != "README.txt" &&
 			!strings.HasPrefix(name, "keyserver-") && !strings.HasPrefix(name, ".") {
 			if _, err := os.Stat(filepath.Join(dir, "site.toml")); err != nil {
 				return usage(hint.Because(fmt.Errorf("%s is not empty and holds no site: there is %s", dir, name), "name a folder that does not exist yet"))

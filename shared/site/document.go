@@ -65,6 +65,9 @@ func (d *Document) AddAppliance(a Appliance) error { return d.add("appliance", a
 // AddKeyServer appends a key server.
 func (d *Document) AddKeyServer(k KeyServer) error { return d.add("key_server", k) }
 
+// AddPusher appends a further pusher.
+func (d *Document) AddPusher(p Pusher) error { return d.add("pusher", p) }
+
 // AddRepository appends a repository.
 func (d *Document) AddRepository(r Repository) error { return d.add("repository", r) }
 
@@ -162,6 +165,9 @@ func (s *Site) FreeAddress() (netip.Addr, error) {
 	taken := map[netip.Addr]bool{s.Home.VPNAddress: true}
 	for _, a := range s.Appliances {
 		taken[a.VPNAddress] = true
+	}
+	for _, p := range s.Pushers {
+		taken[p.VPNAddress] = true
 	}
 	for a := s.VPN.Network.Masked().Addr().Next(); usable(s.VPN.Network, a); a = a.Next() {
 		if !taken[a] {

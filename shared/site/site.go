@@ -20,6 +20,7 @@ type Site struct {
 	Name         string       `toml:"name"`
 	VPN          VPN          `toml:"vpn"`
 	Home         Home         `toml:"home"`
+	Pushers      []Pusher     `toml:"pusher"`
 	Operator     Operator     `toml:"operator"`
 	KeyServers   []KeyServer  `toml:"key_server"`
 	Appliances   []Appliance  `toml:"appliance"`
@@ -46,6 +47,21 @@ type Home struct {
 	VPNKey     string     `toml:"vpn_key"`  // WireGuard public key
 	PushKey    string     `toml:"push_key"` // the pusher's SSH public key
 }
+
+// Pusher is a further Borg server of the same home, with a farkeep-pusher of its
+// own. It pushes what carries its name as host and no other: repositories named
+// "NAME-...", which is all that the appliances take from its key.
+type Pusher struct {
+	Name       string     `toml:"name"` // the host name that its heartbeats carry
+	VPNAddress netip.Addr `toml:"vpn_address"`
+	VPNKey     string     `toml:"vpn_key"`  // WireGuard public key; home is its peer
+	PushKey    string     `toml:"push_key"` // its SSH public key
+}
+
+// Repositories is the pattern of the repositories that the pusher may push.
+func (p Pusher) Repositories() string { return p.prefix() + "*" }
+
+func (p Pusher) prefix() string { return p.Name + "-" }
 
 // Operator is the person. The private halves never lie at home.
 type Operator struct {
@@ -90,6 +106,7 @@ type Repository struct {
 	// Mount is the mount point that must be mounted for Path to be trusted; ""
 	// accepts whatever file system Path was on when it was first pushed.
 	Mount string `toml:"mount"`
+	Host  string `toml:"host"` // the machine it is on: "" for home, or a pusher's name
 }
 
 // Folder is a folder in which every Borg repository is mirrored under its own name.
@@ -98,6 +115,7 @@ type Folder struct {
 	Prefix  string   `toml:"prefix"`  // put before each repository's name
 	Exclude []string `toml:"exclude"` // names directly inside Path that are neither mirrored nor reported
 	Mount   string   `toml:"mount"`
+	Host    string   `toml:"host"` // as for a repository
 }
 
 // Directory is a target that is a local folder: a NAS mount, or a disk that is
@@ -105,6 +123,7 @@ type Folder struct {
 type Directory struct {
 	Name string `toml:"name"`
 	Path string `toml:"path"`
+	Host string `toml:"host"` // as for a repository
 }
 
 // Push tunes the pusher.
@@ -164,6 +183,36 @@ func (s *Site) Appliance(name string) (*Appliance, bool) {
 		}
 	}
 	return nil, false
+}
+
+// Owner is the host that a repository of this name belongs to: the pusher whose
+// name and a dash it begins with, or else "", home.
+func (s *Site) Owner(repository string) string {
+	for _, p := range s.Pushers {
+		if strings.HasPrefix(repository, p.prefix()) {
+			return p.Name
+		}
+	}
+	return ""
+}
+
+// Of is the site with the sources and directory targets of one host only: "" for
+// home, or a pusher's name. It shares everything else with s.
+func (s *Site) Of(host string) *Site {
+	own := *s
+	own.Repositories = only(s.Repositories, func(r Repository) bool { return r.Host == host })
+	own.Folders = only(s.Folders, func(f Folder) bool { return f.Host == host })
+	own.Directories = only(s.Directories, func(d Directory) bool { return d.Host == host })
+	return &own
+}
+
+func only[T any](all []T, wanted func(T) bool) (some []T) {
+	for _, one := range all {
+		if wanted(one) {
+			some = append(some, one)
+		}
+	}
+	return some
 }
 
 // SetDefaults fills in what a file may leave out, in a Site that was not read

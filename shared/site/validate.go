@@ -16,6 +16,7 @@ const (
 	MaxAppliances   = 500
 	MaxRepositories = 1000
 	MaxDirectories  = 16
+	MaxPushers      = 16
 )
 
 // Boards are the values of Appliance.Board: what the image can boot, and
@@ -71,6 +72,7 @@ func (s *Site) validate(v validator) {
 		v.publicKey(k.HostKey, "key_server", "host_key", i)
 	}
 	s.validateAppliances(v)
+	s.validatePushers(v)
 	s.validateSources(v)
 	s.validateAlarms(v)
 }
@@ -168,6 +170,54 @@ func fingerprint(line string) string {
 	return identity.Fingerprint(key)
 }
 
+// validatePushers comes after the appliances, so that of two that share
+// something the pusher is named.
+func (s *Site) validatePushers(v validator) {
+	const table = "pusher"
+	v.Check(len(s.Pushers) <= MaxPushers, table, "name", MaxPushers, "at most %d pushers", MaxPushers)
+	// The names of an appliance's receiver keys, and the hosts of its heartbeats.
+	names := unique{s.Home.Name: "home", "operator": "the operator's key", "restore": "the restore key"}
+	addresses, vpnKeys := unique{s.Home.VPNAddress.String(): "home"}, unique{s.Home.VPNKey: "home"}
+	pushKeys := unique{
+		fingerprint(s.Operator.AdminKey): "the operator", fingerprint(s.Operator.RestoreKey): "the restore key",
+		fingerprint(s.Home.PushKey): "home",
+	}
+	for _, a := range s.Appliances {
+		addresses[a.VPNAddress.String()], vpnKeys[a.VPNKey] = a.Name, a.Name
+	}
+	for i, p := range s.Pushers {
+		v.name(p.Name, table, i)
+		names.take(v, p.Name, "another pusher", table, "name", i)
+		for _, other := range s.Pushers {
+			v.Check(!strings.HasPrefix(p.Name, other.prefix()), table, "name", i, "%q would have the repositories of %s: choose a name that does not begin with %q", p.Name, other.Name, other.prefix())
+		}
+		v.publicKey(p.PushKey, table, "push_key", i)
+		pushKeys.take(v, fingerprint(p.PushKey), p.Name, table, "push_key", i)
+		if !s.VPN.Network.IsValid() {
+			v.Check(!p.VPNAddress.IsValid() && p.VPNKey == "", table, "vpn_address", i, "there is no [vpn] for it")
+			continue
+		}
+		v.wireGuardKey(p.VPNKey, table, "vpn_key", i)
+		vpnKeys.take(v, p.VPNKey, p.Name, table, "vpn_key", i)
+		v.Check(usable(s.VPN.Network, p.VPNAddress), table, "vpn_address", i, "%v is no address of %v", p.VPNAddress, s.VPN.Network)
+		addresses.take(v, p.VPNAddress.String(), p.Name, table, "vpn_address", i)
+	}
+}
+
+func (s *Site) knownHost(v validator, host, table string, n int) {
+	known := host == "" || slices.ContainsFunc(s.Pushers, func(p Pusher) bool { return p.Name == host })
+	v.Check(known, table, "host", n, "there is no pusher %q: leave host out for home, or add a [[pusher]]", host)
+}
+
+// host checks that the site has a pusher of that name, and that the repository
+// name or prefix in key is one for it.
+func (s *Site) host(v validator, host, name, table, key string, n int) {
+	s.knownHost(v, host, table, n)
+	owner := s.Owner(name)
+	v.Check(host == "" || owner == host, table, key, n, "%q does not begin with %q: appliances take nothing else from %s", name, host+"-", host)
+	v.Check(host != "" || owner == "", table, key, n, "what begins with %q is for the pusher %s: give it another name, or host = %q", owner+"-", owner, owner)
+}
+
 func (s *Site) validateSources(v validator) {
 	v.Check(len(s.Repositories)+len(s.Folders) <= MaxRepositories, "repository", "name", 0, "at most %d repositories and folders", MaxRepositories)
 	names, paths := unique{}, unique{}
@@ -175,12 +225,14 @@ func (s *Site) validateSources(v validator) {
 		v.Check(settings.IsRepository(r.Name), "repository", "name", i, "%q is not a repository name: letters, digits, dots, dashes and underscores", r.Name)
 		names.take(v, r.Name, "another repository", "repository", "name", i)
 		v.path(r.Path, "repository", i)
-		paths.take(v, r.Path, r.Name, "repository", "path", i)
+		paths.take(v, r.Host+":"+r.Path, r.Name, "repository", "path", i)
+		s.host(v, r.Host, r.Name, "repository", "name", i)
 		v.Check(r.Mount == "" || filepath.IsAbs(r.Mount), "repository", "mount", i, "%q is not an absolute path", r.Mount)
 	}
 	for i, f := range s.Folders {
 		v.path(f.Path, "repository_folder", i)
-		paths.take(v, f.Path, "another entry", "repository_folder", "path", i)
+		paths.take(v, f.Host+":"+f.Path, "another entry", "repository_folder", "path", i)
+		s.host(v, f.Host, f.Prefix, "repository_folder", "prefix", i)
 		v.Check(f.Prefix == "" || settings.IsRepository(f.Prefix), "repository_folder", "prefix", i, "%q is not the beginning of a repository name", f.Prefix)
 		v.Check(f.Mount == "" || filepath.IsAbs(f.Mount), "repository_folder", "mount", i, "%q is not an absolute path", f.Mount)
 		for _, name := range f.Exclude {
@@ -196,6 +248,7 @@ func (s *Site) validateSources(v validator) {
 		v.name(d.Name, "directory_target", i)
 		targets.take(v, d.Name, "another target", "directory_target", "name", i)
 		v.path(d.Path, "directory_target", i)
+		s.knownHost(v, d.Host, "directory_target", i)
 	}
 	v.Check(s.Push.RateLimit >= 0, "push", "rate_limit", 0, "a rate cannot be negative")
 }
