@@ -211,21 +211,20 @@ func sleep(ctx context.Context, d time.Duration) {
 // disk must close. The returned context ends then; the caller must call done.
 func (r *receiver) hold(ctx context.Context, s *sshverb.Session) (_ context.Context, done func(), err error) {
 	ctx, cancel := context.WithCancel(ctx)
-	// One key must not take all the holds: somebody may want to restore.
-	own := 0
-	// Registered before the disk part is asked: otherwise a disk that grants the
-	// hold and closes at once would not find this session.
 	r.mu.Lock()
+	own := 0
 	for other := range r.open {
 		if bytes.Equal(other.Key.Marshal(), s.Key.Marshal()) {
 			own++
 		}
 	}
-	if own >= maxHolds {
+	if own >= maxHolds { // somebody else may want to restore
 		r.mu.Unlock()
 		cancel()
 		return nil, nil, &sshverb.Error{Code: hint.ExitRefused, Text: fmt.Sprintf("this key uses the disk in %d sessions already", own), Hint: "end some of them"}
 	}
+	// Registered before the disk part is asked: otherwise a disk that grants the
+	// hold and closes at once would not find this session.
 	r.open[s] = cancel
 	r.mu.Unlock()
 	var call *localcall.Conn

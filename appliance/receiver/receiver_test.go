@@ -422,3 +422,25 @@ func TestOpenSSHSFTP(t *testing.T) {
 		t.Errorf("the generation changed: %q", data)
 	}
 }
+
+// One key gets its share of the disk's sessions and no more; another still gets in.
+func TestOneKeyCannotTakeAllHolds(t *testing.T) {
+	b := start(t)
+	first, second, third := b.dial(t, "home"), b.dial(t, "home"), b.dial(t, "home")
+	for i := range maxHolds {
+		c := first
+		if i >= maxHolds/2 {
+			c = second
+		}
+		_, err := c.Start(t.Context(), "upload p1")
+		must(t, err)
+		<-b.held
+	}
+	_, err := third.Run(t.Context(), "abort p1", nil, 100)
+	if hint.Code(err) != hint.ExitRefused || !strings.Contains(err.Error(), "sessions already") {
+		t.Errorf("one hold more: %v", err)
+	}
+	if _, err := b.dial(t, "reader").Run(t.Context(), "generations", nil, 100); err != nil {
+		t.Errorf("another key: %v", err)
+	}
+}
