@@ -11,7 +11,6 @@ import (
 
 	"farkeep/image/emulate"
 	"farkeep/shared/pushwire"
-	"farkeep/shared/site"
 )
 
 // Boot switches the appliance on.
@@ -61,21 +60,17 @@ func (a *Appliance) SFTP(ctx context.Context, batch string) (string, error) {
 // sshOptions are what a user would write into ~/.ssh/config: the identity and
 // the pinned host key.
 func (a *Appliance) sshOptions(identity, portFlag string) ([]string, error) {
-	described, err := site.Read(filepath.Join(a.stage.Site, "site.toml"))
-	if err != nil {
-		return nil, err
-	}
 	host, port, err := net.SplitHostPort(a.At)
 	if err != nil {
 		return nil, err
 	}
+	described, err := a.stage.described(a.Name)
+	if err != nil {
+		return nil, err
+	}
 	known := filepath.Join(a.stage.o.Dir, a.Name+".known_hosts")
-	for _, d := range described.Appliances {
-		if d.Name == a.Name {
-			if err := os.WriteFile(known, fmt.Appendf(nil, "[%s]:%s %s\n", host, port, d.HostKey), 0o600); err != nil {
-				return nil, err
-			}
-		}
+	if err := os.WriteFile(known, fmt.Appendf(nil, "[%s]:%s %s\n", host, port, described.HostKey), 0o600); err != nil {
+		return nil, err
 	}
 	return []string{"-F", "none", "-i", filepath.Join(a.stage.Site, identity), portFlag, port,
 		"-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "UserKnownHostsFile=" + known}, nil

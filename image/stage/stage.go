@@ -331,15 +331,11 @@ func (s *Stage) Add(ctx context.Context, c Cast) (*Appliance, error) {
 	if _, err := s.Run(ctx, "farkeep-image", "disk", "prepare", a.Disk, "--dir", s.Site, "--appliance", c.Name, "--yes"); err != nil {
 		return nil, err
 	}
-	described, err := site.Read(filepath.Join(s.Site, "site.toml"))
+	described, err := s.described(c.Name)
 	if err != nil {
 		return nil, err
 	}
-	for _, known := range described.Appliances {
-		if known.Name == c.Name {
-			a.LUKS = known.LUKS
-		}
-	}
+	a.LUKS = described.LUKS
 	if a.LUKS == "" {
 		return nil, fmt.Errorf("the disk of %s was prepared, and site.toml does not name it", c.Name)
 	}
@@ -400,20 +396,6 @@ func (s *Stage) OpenHome(ctx context.Context) error {
 func readKey(path string) (secret.Text, error) {
 	text, err := os.ReadFile(path)
 	return secret.Text(strings.TrimSpace(string(text))), err
-}
-
-// Handshake waits until an appliance has spoken to home later than after.
-func (s *Stage) Handshake(ctx context.Context, name string, after time.Time) error {
-	described, err := site.Read(filepath.Join(s.Site, "site.toml"))
-	if err != nil {
-		return err
-	}
-	for _, a := range described.Appliances {
-		if a.Name == name {
-			return s.home.WaitHandshake(ctx, a.VPNKey, after)
-		}
-	}
-	return fmt.Errorf("no appliance %s", name)
 }
 
 // StateDir is where a program of home keeps its state.
@@ -486,9 +468,22 @@ func (s *Stage) Close() error {
 	return errors.Join(errs...)
 }
 
+// described is what site.toml says of an appliance.
+func (s *Stage) described(name string) (*site.Appliance, error) {
+	whole, err := site.Read(filepath.Join(s.Site, "site.toml"))
+	if err != nil {
+		return nil, err
+	}
+	a, ok := whole.Appliance(name)
+	if !ok {
+		return nil, fmt.Errorf("site.toml names no appliance %s", name)
+	}
+	return a, nil
+}
+
 // Sent is how many bytes home's end of the VPN has sent to an appliance.
 func (s *Stage) Sent(name string) (uint64, error) {
-	described, err := site.Read(filepath.Join(s.Site, "site.toml"))
+	a, err := s.described(name)
 	if err != nil {
 		return 0, err
 	}
@@ -496,12 +491,10 @@ func (s *Stage) Sent(name string) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	for _, a := range described.Appliances {
-		for _, p := range peers {
-			if a.Name == name && p.PublicKey == a.VPNKey {
-				return p.Sent, nil
-			}
+	for _, p := range peers {
+		if p.PublicKey == a.VPNKey {
+			return p.Sent, nil
 		}
 	}
-	return 0, fmt.Errorf("no peer %s", name)
+	return 0, fmt.Errorf("home's end of the VPN has no peer %s", name)
 }
