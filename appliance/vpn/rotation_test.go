@@ -102,8 +102,8 @@ func resolve(_ context.Context, host string) ([]netip.Addr, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a}, nil
 	}
-	if host == "dynamic.example" { // another address every minute
-		return []netip.Addr{netip.AddrFrom4([4]byte{198, 51, 100, byte(time.Now().Minute())})}, nil
+	if host == "dynamic.example" { // a line that gets a new address each hour
+		return []netip.Addr{netip.AddrFrom4([4]byte{198, 51, 100, byte(time.Now().Hour())})}, nil
 	}
 	if a := names[host]; a != nil {
 		return a, nil
@@ -185,11 +185,11 @@ func TestEndpointsInTurn(t *testing.T) {
 func TestNamesAreResolvedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fake{}
-		s := testSettings(t, "dynamic.example:51820")
-		up := tend(t, f, s)
-		time.Sleep(time.Minute)
+		up := tend(t, f, testSettings(t, "dynamic.example:51820"))
+		// Home is found wherever its name leads, hours after the first look.
+		time.Sleep(3*time.Hour + 30*time.Minute)
 		f.home("198.51.100.3:51820")
-		time.Sleep(4 * time.Minute)
+		time.Sleep(2*longestTurn + resolveTime)
 		if !up() {
 			t.Errorf("tried %v", f.tried())
 		}
