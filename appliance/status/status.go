@@ -97,12 +97,106 @@ type Disk struct {
 	Updated         time.Time
 }
 
+// Bounds of the lists in Keeper, in entries, and of each of their texts, in
+// bytes. The keeper keeps to them; readers cut what does not.
+const (
+	MaxSuspects = 8
+	MaxReasons  = 8
+	MaxFrozen   = 8
+	MaxRot      = 50
+	MaxUntrue   = 8
+	MaxRetiring = 32
+	MaxEvents   = 32
+	MaxText     = 300
+)
+
 // Keeper is the keeper's status.
 type Keeper struct {
 	DiskReady    bool
 	Repositories []RepositoryStatus
 	Heartbeats   []Heartbeat
-	Updated      time.Time
+	// Frozen says in words why nothing expires, <= MaxFrozen; empty: it does.
+	Frozen []string
+	// FrozenSince is when expiry froze as a whole or for a repository; zero: it did not.
+	FrozenSince time.Time
+	Room        *Room  // nil: not known yet
+	Scrub       *Scrub // nil: not known yet
+	Rot         []Rot  // newest first, <= MaxRot
+	RotCount    int    // rotten files that are not healed, listed in Rot or not
+	Retiring    []Retiring
+	Untrue      []Untrue // newest first, <= MaxUntrue
+	// Events are the last things that were decided: by the admin key, and by
+	// the keeper itself where an operator must hear of it. Oldest first.
+	Events  []Event
+	Updated time.Time
+}
+
+// Room is what the disk has left for history, in bytes.
+type Room struct {
+	Free     int64
+	Reserve  int64     // what pushes leave free: at least WorstDay
+	WorstDay int64     // the most that one day added lately
+	PerDay   int64     // what a day adds on average, less what expired
+	FullOn   time.Time // when pushes will be refused at this pace; zero: not foreseen
+}
+
+// Scrub is how far the reading of everything has come.
+type Scrub struct {
+	Started  time.Time // the round that runs; zero: none
+	LastFull time.Time // when the last whole round ended; zero: never
+	Done     float64   // of the round, 0 to 1
+	Bytes    int64     // read in the round
+	Paused   string    // "" or why it does not read at the moment
+	Every    time.Duration
+}
+
+// Rot is a file whose bytes are not what was committed, or cannot be read.
+type Rot struct {
+	Repository  string
+	Path        string // one of its paths
+	Sum         string // what its BLAKE2b-256 should be, hex
+	What        string
+	Generations []string // that share it
+	Found       time.Time
+	Healed      time.Time // zero: not yet
+}
+
+// Retiring is a repository that was asked to leave.
+type Retiring struct {
+	Repository string
+	By         string // the admin key's name
+	Asked      time.Time
+	Due        time.Time // not before this moment by the appliance's clock
+}
+
+// Untrue is a heartbeat that claimed what was not committed.
+type Untrue struct {
+	Host string
+	At   time.Time // received, by the appliance's clock
+	What string
+}
+
+// Kinds of Event.
+const (
+	EventAccepted      = "accepted"
+	EventRejected      = "rejected"
+	EventRetire        = "retire"  // asked for
+	EventKept          = "kept"    // a retirement was cancelled
+	EventRetired       = "retired" // carried out
+	EventClockAccepted = "clock-accepted"
+	EventFloor         = "floor"
+	EventThinned       = "thinned" // expired early to make room
+)
+
+// Event is something that was decided and must be mailed once.
+type Event struct {
+	ID         string // unique
+	Kind       string
+	At         time.Time
+	By         string // the key's name; "" for the keeper itself
+	Repository string
+	Generation string
+	Text       string // in words, <= MaxText
 }
 
 // RepositoryStatus is what the keeper knows of one repository, disk or no disk.
@@ -114,7 +208,15 @@ type RepositoryStatus struct {
 	ChangedAt   time.Time
 	Generations int
 	Suspect     bool
+	Suspects    []SuspectStatus // not decided yet, oldest first, <= MaxSuspects
 	Bytes       int64
+}
+
+// SuspectStatus is a generation that nobody has accepted or rejected yet.
+type SuspectStatus struct {
+	Generation string
+	At         time.Time
+	Reasons    []string // <= MaxReasons
 }
 
 // Heartbeat is the last word of one pusher.

@@ -108,7 +108,16 @@ type Generation struct {
 	Entries    int64     `json:"entries"`
 	Bytes      int64     `json:"bytes"`
 	Digest     string    `json:"digest"`
-	Suspect    bool      `json:"suspect,omitempty"`
+	Suspect    bool      `json:"suspect,omitempty"` // was so at its commit; see Standing
+	// Standing is "good", "suspect", "accepted" or "rejected".
+	Standing string   `json:"standing,omitempty"`
+	Reasons  []string `json:"reasons,omitempty"` // why it was suspect, in sentences
+	// Keep says whether it stays for now, and Why: "weekly #3", "floor", "suspect".
+	Keep bool   `json:"keep,omitempty"`
+	Why  string `json:"why,omitempty"`
+	// Goes is when it expires if nothing new comes and nothing is frozen; zero:
+	// never, or not foreseeable.
+	Goes time.Time `json:"goes,omitzero"`
 }
 
 // VerifyAnswer ends a verify.
@@ -148,6 +157,57 @@ type Status struct {
 	MailError    string             `json:"mail_error,omitempty"`
 	Degraded     []string           `json:"degraded,omitempty"`
 	Restarts     map[string]int     `json:"restarts,omitempty"`
+	Frozen       []string           `json:"frozen,omitempty"` // why nothing expires, in words
+	Room         *Room              `json:"room,omitempty"`
+	Scrub        *Scrub             `json:"scrub,omitempty"`
+	Rot          []Rot              `json:"rot,omitempty"` // the newest
+	RotCount     int                `json:"rot_count,omitempty"`
+	Retiring     []Retiring         `json:"retiring,omitempty"`
+	Untrue       []Untrue           `json:"untrue,omitempty"` // heartbeats that claimed what was not committed
+}
+
+// Room is what the disk has left for history, in bytes.
+type Room struct {
+	Free     int64     `json:"free"`
+	Reserve  int64     `json:"reserve"`          // what pushes leave free
+	WorstDay int64     `json:"worst_day"`        // the most that one day added lately
+	PerDay   int64     `json:"per_day"`          // what a day adds on average, less what expired
+	FullOn   time.Time `json:"full_on,omitzero"` // zero: not foreseen
+}
+
+// Scrub is how far the reading of everything has come.
+type Scrub struct {
+	Started  time.Time `json:"started,omitzero"`
+	LastFull time.Time `json:"last_full,omitzero"`
+	Done     float64   `json:"done"` // 0 to 1
+	Bytes    int64     `json:"bytes"`
+	Paused   string    `json:"paused,omitempty"`
+}
+
+// Rot is a file whose bytes are not what was committed, or cannot be read.
+type Rot struct {
+	Repository  string    `json:"repository"`
+	Path        string    `json:"path"`
+	Sum         string    `json:"sum"` // what its BLAKE2b-256 should be, hex
+	What        string    `json:"what"`
+	Generations []string  `json:"generations"`
+	Found       time.Time `json:"found"`
+	Healed      time.Time `json:"healed,omitzero"`
+}
+
+// Retiring is a repository that was asked to leave.
+type Retiring struct {
+	Repository string    `json:"repository"`
+	By         string    `json:"by"`
+	Asked      time.Time `json:"asked"`
+	Due        time.Time `json:"due"`
+}
+
+// Untrue is a heartbeat that claimed what was not committed.
+type Untrue struct {
+	Host string    `json:"host"`
+	At   time.Time `json:"at"`
+	What string    `json:"what"`
 }
 
 // RepositoryStatus is one repository as the appliance knows it, disk or no disk.
@@ -158,7 +218,15 @@ type RepositoryStatus struct {
 	ConfirmedAt time.Time `json:"confirmed_at"`
 	Generations int       `json:"generations"`
 	Suspect     bool      `json:"suspect,omitempty"`
+	Suspects    []Suspect `json:"suspects,omitempty"` // not decided yet
 	Bytes       int64     `json:"bytes"`
+}
+
+// Suspect is a generation that nobody has accepted or rejected yet.
+type Suspect struct {
+	Generation string    `json:"generation"`
+	At         time.Time `json:"at"`
+	Reasons    []string  `json:"reasons"`
 }
 
 // HeartbeatStatus is the last heartbeat of one host.
