@@ -57,10 +57,10 @@ func Run(ctx context.Context, env *part.Env) error {
 		Window:    brief.Disk.Window,
 		IdleClose: brief.Disk.IdleClose.Std(),
 		OpenRelay: func(on bool) (relay.Switch, error) { return relay.Open(brief.Disk.Relay, on) },
-		System: &linux{
+		System: system(&linux{
 			env: env, uuid: brief.Disk.LUKS, identity: brief.Identity, keyServers: brief.KeyServers,
 			target: env.Paths.Disk(), owner: part.KeeperUID, sys: "/sys", log: env.Log,
-		},
+		}),
 		Neighbours: neighbours{env.Paths},
 		Memory:     checkFile(filepath.Join(env.Paths.StateDir(part.Disk), "check-wanted")),
 		ClockSet:   func() bool { return !env.Firmware || network(env).ClockSet },
