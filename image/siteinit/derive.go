@@ -277,7 +277,7 @@ func (d *Dir) settingsOf(s *site.Site, a site.Appliance) (*settings.Appliance, e
 	}
 
 	full.Name, full.Site = a.Name, s.Name
-	full.Clock, full.DeadMan = s.Clock, s.DeadMan
+	full.Clock, full.History, full.DeadMan = s.Clock, s.History, s.DeadMan
 	own := filepath.Join("appliances", a.Name, "identity")
 	if full.Identity.HostKey, err = d.read(filepath.Join(own, "ssh_host_key")); err != nil {
 		return nil, err

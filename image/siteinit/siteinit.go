@@ -135,7 +135,7 @@ func (d *Dir) begin(o Options, r *Report) error {
 		Home: site.Home{Name: o.HomeName, VPNAddress: o.Network.Masked().Addr().Next()},
 		Mail: site.Mail{Server: o.MailServer, User: o.MailUser, From: o.MailFrom, To: o.MailTo},
 	}
-	s.DeadMan = settings.DefaultDeadMan()
+	s.History, s.DeadMan = settings.DefaultHistory(), settings.DefaultDeadMan()
 	if !o.KeyServerAddr.IsValid() {
 		o.KeyServerAddr = netip.AddrPortFrom(s.Home.VPNAddress, KeyServerPort)
 	}

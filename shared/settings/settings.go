@@ -28,6 +28,7 @@ type Appliance struct {
 	KeyServers []KeyServer `toml:"key_server"`
 	Disk       Disk        `toml:"disk"`
 	Receiver   Receiver    `toml:"receiver"`
+	History    History     `toml:"history"`
 	DeadMan    DeadMan     `toml:"dead_man"`
 	Mail       Mail        `toml:"mail"`
 }
@@ -154,7 +155,7 @@ const (
 // which are of type *tomlfile.Error.
 func Parse(name string, text []byte) (*Appliance, error) {
 	// Before the file is read, so that an explicit 0 stays 0.
-	a := &Appliance{DeadMan: DefaultDeadMan()}
+	a := &Appliance{History: DefaultHistory(), DeadMan: DefaultDeadMan()}
 	if err := tomlfile.Parse(name, text, a); err != nil {
 		return nil, err
 	}
@@ -219,6 +220,15 @@ func (d Duration) String() string {
 		s = strings.TrimSuffix(s, "0m")
 	}
 	return s
+}
+
+// Days writes whole days as days, from two on ("10d"), and other spans as String does.
+func (d Duration) Days() string {
+	const day = Duration(24 * time.Hour)
+	if d >= 2*day && d%day == 0 {
+		return fmt.Sprintf("%dd", d/day)
+	}
+	return d.String()
 }
 
 // MarshalText implements encoding.TextMarshaler.

@@ -105,6 +105,8 @@ func (a *Appliance) validateReceiver(v validator) {
 func (a *Appliance) validateAlarms(v validator) {
 	key, text := a.DeadMan.Mistake()
 	v.Check(key == "", "dead_man", key, 0, "%s", text)
+	table, key, n, text := a.History.Mistake()
+	v.Check(key == "", table, key, n, "%s", text)
 
 	m := a.Mail
 	v.hostPort(m.Server, "mail", "server", 0)

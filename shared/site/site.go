@@ -29,6 +29,7 @@ type Site struct {
 	Directories  []Directory  `toml:"directory_target"`
 	Push         Push         `toml:"push"`
 	Mail         Mail         `toml:"mail"`
+	History      History      `toml:"history"`
 	DeadMan      DeadMan      `toml:"dead_man"`
 	Clock        Clock        `toml:"clock"`
 }
@@ -143,6 +144,9 @@ type Mail struct {
 	RootCA string   `toml:"root_ca"`
 }
 
+// History says which generations the appliances keep; what is not named keeps its default.
+type History = settings.History
+
 // DeadMan sets the appliances' alarm thresholds; what is not named keeps its default.
 type DeadMan = settings.DeadMan
 
@@ -162,7 +166,7 @@ func Read(path string) (*Site, error) {
 // *tomlfile.Error.
 func Parse(name string, text []byte) (*Site, error) {
 	// Before the file is read, so that an explicit 0 stays 0.
-	s := &Site{DeadMan: settings.DefaultDeadMan()}
+	s := &Site{History: settings.DefaultHistory(), DeadMan: settings.DefaultDeadMan()}
 	if err := tomlfile.Parse(name, text, s); err != nil {
 		return nil, err
 	}

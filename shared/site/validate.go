@@ -256,6 +256,8 @@ func (s *Site) validateSources(v validator) {
 func (s *Site) validateAlarms(v validator) {
 	key, text := s.DeadMan.Mistake()
 	v.Check(key == "", "dead_man", key, 0, "%s", text)
+	table, key, n, text := s.History.Mistake()
+	v.Check(key == "", table, key, n, "%s", text)
 	v.Check(len(s.Clock.Servers) <= settings.MaxClockServers, "clock", "servers", 0, "at most %d time sources", settings.MaxClockServers)
 	for _, server := range s.Clock.Servers {
 		v.Check(server != "" && len(server) <= 255, "clock", "servers", 0, "%q is not a host", server)
