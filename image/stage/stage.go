@@ -171,6 +171,7 @@ func (s *Stage) makeSite(ctx context.Context) error {
 	}
 	return s.EditSite(ctx, func(text string) string {
 		text = set(text, "clock", "servers", "["+strings.Join(servers, ", ")+"]")
+		text = set(text, "history", "commit_interval", `"0s"`) // what a stage pushes, it pushes at once
 		text = set(text, "mail", "root_ca", "\"\"\"\n"+string(s.Mail.CA())+"\"\"\"")
 		for key, d := range map[string]time.Duration{
 			"heartbeat_age": s.o.HeartbeatAge, "unreachable_after": s.o.UnreachableAfter, "reminder_interval": s.o.ReminderInterval,
