@@ -149,7 +149,7 @@ func (m *memory) refresh(ctx context.Context, store *generations.Store) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		r, err := look(store, name)
+		r, err := look(ctx, store, name)
 		if errors.Is(err, generations.ErrNone) {
 			continue
 		}
@@ -180,12 +180,12 @@ func (m *memory) refresh(ctx context.Context, store *generations.Store) error {
 
 // look reads one repository's state from the disk, as if it was last confirmed by
 // its commit.
-func look(store *generations.Store, name string) (repository, error) {
-	list, err := store.List(name)
+func look(ctx context.Context, store *generations.Store, name string) (repository, error) {
+	list, err := store.List(ctx, name)
 	if err != nil {
 		return repository{}, err
 	}
-	newest, err := store.Newest(name)
+	newest, err := store.Newest(ctx, name)
 	if err != nil {
 		return repository{}, err
 	}
@@ -212,8 +212,8 @@ func (m *memory) remembered(name string, r repository) repository {
 }
 
 // confirm takes note that the newest generation was offered or committed at now.
-func (m *memory) confirm(store *generations.Store, name string, now time.Time) error {
-	r, err := look(store, name)
+func (m *memory) confirm(ctx context.Context, store *generations.Store, name string, now time.Time) error {
+	r, err := look(ctx, store, name)
 	if err != nil {
 		return err
 	}

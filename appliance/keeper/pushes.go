@@ -202,7 +202,7 @@ func offer(ctx context.Context, c *call) error {
 		p.tx = tx
 		c.mu.Unlock()
 	} else {
-		if err := c.confirmed(store, c.args.Repository); err != nil {
+		if err := c.confirmed(ctx, store, c.args.Repository); err != nil {
 			return err
 		}
 		return c.answer(answer.OfferAnswer, keepercall.ThenEnd)
@@ -261,14 +261,15 @@ func commit(ctx context.Context, c *call) error {
 		return err
 	}
 	defer leave()
-	ctx, p, err := c.use(ctx, c.args.Push)
+	used, p, err := c.use(ctx, c.args.Push)
 	if err != nil {
 		// A commit whose answer was lost is asked for again.
-		if g, ok := store.Committed(c.args.Push); ok && c.sees(g.Repository) && g.Pusher == c.args.Key {
+		if g, ok := store.Committed(ctx, c.args.Push); ok && c.sees(g.Repository) && g.Pusher == c.args.Key {
 			return c.answer(pushwire.CommitAnswer{Generation: g.Name, Suspect: g.Suspect}, keepercall.ThenEnd)
 		}
 		return err
 	}
+	ctx = used
 	defer c.done(p, false)
 	// A commit of many files sends nothing for minutes, and is not silent.
 	working := p.working(c.brief.Takeover / 4)
@@ -277,10 +278,10 @@ func commit(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	if err := c.confirmed(store, p.repository); err != nil {
+	if err := c.confirmed(ctx, store, p.repository); err != nil {
 		return err
 	}
-	g, err := store.Generation(p.repository, name)
+	g, err := store.Generation(ctx, p.repository, name)
 	if err != nil {
 		return err
 	}
@@ -331,8 +332,8 @@ func abort(ctx context.Context, c *call) error {
 }
 
 // confirmed takes note that the newest generation is what the repository is now.
-func (c *call) confirmed(store *generations.Store, repository string) error {
-	if err := c.known.confirm(store, repository, c.env.Now()); err != nil {
+func (c *call) confirmed(ctx context.Context, store *generations.Store, repository string) error {
+	if err := c.known.confirm(ctx, store, repository, c.env.Now()); err != nil {
 		return err
 	}
 	return c.report(true)

@@ -139,7 +139,7 @@ func list(ctx context.Context, c *call) error {
 		if !c.sees(repository) {
 			continue
 		}
-		all, err := store.List(repository)
+		all, err := store.List(ctx, repository)
 		if err != nil {
 			return err
 		}

@@ -207,7 +207,7 @@ func (d *Directory) Commit(ctx context.Context, push string) (pushwire.CommitAns
 	}
 	tx, err := d.push(push)
 	if err != nil {
-		if g, done := store.Committed(push); done {
+		if g, done := store.Committed(ctx, push); done {
 			return pushwire.CommitAnswer{Generation: g.Name, Suspect: g.Suspect}, nil
 		}
 		return pushwire.CommitAnswer{}, d.wrap(err)
@@ -232,13 +232,13 @@ func (d *Directory) Abort(ctx context.Context, push string) error {
 }
 
 // Heartbeat implements target.Target.
-func (d *Directory) Heartbeat(_ context.Context, h pushwire.Heartbeat) error {
+func (d *Directory) Heartbeat(ctx context.Context, h pushwire.Heartbeat) error {
 	store, err := d.open()
 	if err != nil {
 		return d.wrap(err)
 	}
 	for _, r := range h.Repositories {
-		newest, err := store.Newest(r.Name)
+		newest, err := store.Newest(ctx, r.Name)
 		if err != nil {
 			return d.wrap(fmt.Errorf("heartbeat: %w", err))
 		}
@@ -251,7 +251,7 @@ func (d *Directory) Heartbeat(_ context.Context, h pushwire.Heartbeat) error {
 }
 
 // Status implements target.Target.
-func (d *Directory) Status(context.Context) (*pushwire.Status, error) {
+func (d *Directory) Status(ctx context.Context) (*pushwire.Status, error) {
 	d.mu.Lock()
 	opened := d.store != nil
 	d.mu.Unlock()
@@ -284,7 +284,7 @@ func (d *Directory) Status(context.Context) (*pushwire.Status, error) {
 		return nil, d.wrap(err)
 	}
 	for _, name := range names {
-		list, err := store.List(name)
+		list, err := store.List(ctx, name)
 		if err != nil {
 			return nil, d.wrap(err)
 		}

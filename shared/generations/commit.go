@@ -73,11 +73,15 @@ func (t *Transaction) commit(ctx context.Context) (*Generation, error) {
 	if err != nil {
 		return nil, err
 	}
-	sequence, err := t.nextSequence(home)
+	verdict, err := t.judge(ctx, staging)
 	if err != nil {
 		return nil, err
 	}
-	g := t.describe(sequence, a)
+	sequence, err := t.nextSequence(ctx, home)
+	if err != nil {
+		return nil, err
+	}
+	g := t.describe(sequence, a, verdict)
 	if err := t.store.writeTOML(staging, TOMLFile, g, 0o444); err != nil {
 		return nil, err
 	}
@@ -103,7 +107,7 @@ func (t *Transaction) commit(ctx context.Context) (*Generation, error) {
 	return g, nil
 }
 
-func (t *Transaction) describe(sequence int64, a *assembly) *Generation {
+func (t *Transaction) describe(sequence int64, a *assembly, v Verdict) *Generation {
 	h := t.req.Offer
 	now := t.store.opt.Now().UTC().Truncate(1e9)
 	return &Generation{
@@ -111,14 +115,14 @@ func (t *Transaction) describe(sequence int64, a *assembly) *Generation {
 		Committed: now, ClockSet: t.store.opt.ClockSet(), Pusher: t.req.Pusher,
 		RepositoryID: h.RepositoryID, Kind: h.Kind, Digest: t.digest,
 		Entries: h.Entries, Files: a.files, Bytes: h.Bytes, NewFiles: a.newFiles, NewBytes: a.newBytes, Overhead: t.overhead,
-		Base: t.base.Name, Push: t.id,
+		Base: t.base.Name, Push: t.id, Suspect: v.Suspect, Reasons: v.Reasons,
 	}
 }
 
 // nextSequence takes a number that was never used, also not by a generation that
 // is gone, and makes sure that it never is again.
-func (t *Transaction) nextSequence(home *beneath.Dir) (int64, error) {
-	list, err := t.store.List(t.req.Repository)
+func (t *Transaction) nextSequence(ctx context.Context, home *beneath.Dir) (int64, error) {
+	list, err := t.store.List(ctx, t.req.Repository)
 	if err != nil {
 		return 0, err
 	}
@@ -144,12 +148,12 @@ func (t *Transaction) nextSequence(home *beneath.Dir) (int64, error) {
 
 // Committed returns the generation that the push of that id made, however long
 // ago, so that a commit whose answer was lost can be repeated.
-func (s *Store) Committed(id string) (Generation, bool) {
+func (s *Store) Committed(ctx context.Context, id string) (Generation, bool) {
 	repository, err := PushRepository(id)
 	if err != nil {
 		return Generation{}, false
 	}
-	list, err := s.List(repository)
+	list, err := s.List(ctx, repository)
 	if err != nil {
 		return Generation{}, false
 	}

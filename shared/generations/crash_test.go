@@ -60,7 +60,7 @@ func pushDays(dir string, once bool) error {
 	}
 	for {
 		day := int64(1)
-		if newest, err := s.Newest("photos"); err == nil {
+		if newest, err := s.Newest(ctx, "photos"); err == nil {
 			if day, err = dayOf(dir, newest.Name); err != nil {
 				return err
 			}

@@ -35,6 +35,8 @@ import (
 type Generation struct {
 	// Name is the folder's: sequence and time of commit, NameFormat.
 	Name string `toml:"-"`
+	// Standing is what is thought of it now; List, Newest and Generation fill it in.
+	Standing Standing `toml:"-"`
 
 	Format       int          `toml:"format"` // 1
 	Repository   string       `toml:"repository"`
@@ -51,10 +53,11 @@ type Generation struct {
 	NewFiles     int64        `toml:"new_files"` // not shared with the generation before
 	NewBytes     int64        `toml:"new_bytes"`
 	Overhead     int64        `toml:"overhead_bytes"` // what its lists and folders take, roughly
-	Base         string       `toml:"base,omitempty"` // the generation that unchanged files are shared with
+	Base         string       `toml:"base,omitempty"` // the generation that unchanged files were shared with; it may be gone
 	Push         string       `toml:"push"`           // the id of the push
 	Suspect      bool         `toml:"suspect"`
-	Reason       string       `toml:"suspect_reason,omitempty"`
+	Reasons      []string     `toml:"suspect_reasons,omitempty"`
+	OldReason    string       `toml:"suspect_reason,omitempty"` // as it was written once; empty once read
 }
 
 // The files of a generation.
@@ -70,6 +73,7 @@ const (
 	GenerationsFolder = "generations"
 	IncomingFolder    = "incoming"
 	HeartbeatFolder   = ".heartbeat"
+	PrivateFolder     = ".farkeep"
 	ReadmeFile        = "README.txt"
 )
 
@@ -102,6 +106,11 @@ var (
 	ErrNone = errors.New("no generation yet")
 	// ErrBusy: another push of the repository is under way.
 	ErrBusy = errors.New("another push of this repository is under way")
+	// ErrHeld: a generation cannot go now, because a push builds on it or it is
+	// being read.
+	ErrHeld = errors.New("in use")
+	// ErrKept: a generation never goes this way, because history needs it.
+	ErrKept = errors.New("history needs it")
 	// ErrIncomplete: a commit before everything was uploaded.
 	ErrIncomplete = errors.New("the upload is not complete")
 	// ErrOffer: the manifest is not the one that was offered.

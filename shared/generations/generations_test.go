@@ -12,7 +12,7 @@ import (
 func TestPushChangeAndConfirm(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir, generations.Options{})
-	if _, err := s.Newest("photos"); !errors.Is(err, generations.ErrNone) {
+	if _, err := s.Newest(t.Context(), "photos"); !errors.Is(err, generations.ErrNone) {
 		t.Errorf("newest of nothing: %v", err)
 	}
 
@@ -42,7 +42,7 @@ func TestPushChangeAndConfirm(t *testing.T) {
 	compare(t, dir, "photos", one, first)
 	compare(t, dir, "photos", two, second)
 
-	list, err := s.List("photos")
+	list, err := s.List(t.Context(), "photos")
 	if err != nil || names(list) != one+" "+two {
 		t.Errorf("generations are %s, %v", names(list), err)
 	}

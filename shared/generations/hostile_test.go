@@ -217,7 +217,7 @@ func TestCancelledContextDoesNothing(t *testing.T) {
 	if _, err := tx.Commit(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("commit: %v", err)
 	}
-	if list, _ := s.List("photos"); len(list) != 0 {
+	if list, _ := s.List(t.Context(), "photos"); len(list) != 0 {
 		t.Errorf("a cancelled commit made %v", names(list))
 	}
 }

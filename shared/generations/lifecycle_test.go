@@ -358,7 +358,7 @@ func TestNumbersAreNeverReused(t *testing.T) {
 	if one != "000001-20300101T000000Z" || two != "000002-19700101T000001Z" {
 		t.Errorf("generations %s, %s", one, two)
 	}
-	if g, err := s.Newest("photos"); err != nil || g.Name != two || g.ClockSet {
+	if g, err := s.Newest(t.Context(), "photos"); err != nil || g.Name != two || g.ClockSet {
 		t.Errorf("the newest is %s (clock set %v), %v: not the time decides", g.Name, g.ClockSet, err)
 	}
 	if err := os.RemoveAll(filepath.Join(dir, "generations/photos", two)); err != nil {
@@ -543,7 +543,7 @@ func TestCommittedIsFoundAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tx.Close()
-	if _, ok := s.Committed(answer.Push); ok {
+	if _, ok := s.Committed(t.Context(), answer.Push); ok {
 		t.Error("found before the commit")
 	}
 	if _, err := upload(t, tx, day, answer, -1); err != nil {
@@ -553,11 +553,11 @@ func TestCommittedIsFoundAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if g, ok := s.Committed(answer.Push); !ok || g.Name != name {
+	if g, ok := s.Committed(t.Context(), answer.Push); !ok || g.Name != name {
 		t.Errorf("found %v %q; want %q", ok, g.Name, name)
 	}
 	for _, id := range []string{"", "photos", "photos/x", "../photos/0123456789abcdef"} {
-		if _, ok := s.Committed(id); ok {
+		if _, ok := s.Committed(t.Context(), id); ok {
 			t.Errorf("push %q was found", id)
 		}
 	}

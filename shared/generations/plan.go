@@ -21,7 +21,7 @@ import (
 // incoming/, and says what has to be uploaded. It removes from incoming/ what is
 // of no use any more.
 func (t *Transaction) plan(ctx context.Context) (Answer, error) {
-	list, err := t.store.List(t.req.Repository)
+	list, err := t.store.List(ctx, t.req.Repository)
 	if err != nil {
 		return Answer{}, err
 	}

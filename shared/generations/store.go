@@ -41,7 +41,12 @@ type Options struct {
 	// be right; nil means yes.
 	Now      func() time.Time
 	ClockSet func() bool
-	Log      *slog.Logger // nil discards
+	// ReadOnly opens what is there and makes nothing: for List and what else only
+	// reads, on a disk that may be mounted read-only.
+	ReadOnly bool
+	// Judge says at each commit whether the generation is suspect; nil: none is.
+	Judge Judge
+	Log   *slog.Logger // nil discards
 }
 
 // maxReserve bounds the reserve that Options.Reserve 0 stands for.
@@ -90,11 +95,21 @@ not finished; it may be deleted.
 // Store is a folder of generations. Its methods are safe for concurrent use.
 type Store struct {
 	root, generations, incoming *beneath.Dir
+	private                     *beneath.Dir // .farkeep
 	opt                         Options
 
 	mu       sync.Mutex // guards the fields below
 	known    map[string]map[string]Generation
 	promised map[*Transaction]int64 // bytes that pushes under way may still write
+
+	// gate is held for a moment to begin the use of a generation, and to rename
+	// one away; it guards held, which counts the users of each.
+	gate sync.Mutex
+	held map[string]int
+
+	records   sync.Mutex // one writer of records at a time
+	deciding  sync.Mutex // guards standings; taken before records
+	standings map[string]map[string]Standing
 }
 
 // Open opens the store in the folder at path, which must exist, and makes what is
@@ -109,7 +124,7 @@ func Open(path string, opt Options) (*Store, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}}
+	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}, held: map[string]int{}}
 	if err := s.open(path); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open store of generations: %w", err)
@@ -119,6 +134,16 @@ func Open(path string, opt Options) (*Store, error) {
 
 func (s *Store) open(path string) (err error) {
 	if s.root, err = beneath.Open(path); err != nil {
+		return err
+	}
+	if s.opt.ReadOnly {
+		if s.generations, err = s.root.Dir(GenerationsFolder); err != nil {
+			return err
+		}
+		// A reader may not be allowed in there, or the disk be older.
+		if s.private, err = s.root.Dir(PrivateFolder); errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+			return nil
+		}
 		return err
 	}
 	perm := uint32(privatePerm)
@@ -137,6 +162,9 @@ func (s *Store) open(path string) (err error) {
 	if s.incoming, err = s.makeDir(s.root, IncomingFolder, privatePerm); err != nil {
 		return err
 	}
+	if s.private, err = s.makeDir(s.root, PrivateFolder, privatePerm); err != nil {
+		return err
+	}
 	beats, err := s.makeDir(s.root, HeartbeatFolder, sharedPerm)
 	if err != nil {
 		return err
@@ -150,7 +178,7 @@ func (s *Store) open(path string) (err error) {
 
 // Close closes the store. Transactions must have been closed before.
 func (s *Store) Close() error {
-	return errors.Join(s.incoming.Close(), s.generations.Close(), s.root.Close())
+	return errors.Join(s.private.Close(), s.incoming.Close(), s.generations.Close(), s.root.Close())
 }
 
 // Space says what the disk has left, the reserve not counted.
@@ -195,8 +223,9 @@ func (s *Store) Repositories() ([]string, error) {
 
 // List returns the generations of a repository, oldest first; none is no error.
 // A generation whose generation.toml cannot be read is listed with its name and
-// sequence alone and Format 0.
-func (s *Store) List(repository string) ([]Generation, error) {
+// sequence alone and Format 0. A long history on a cold disk takes seconds, which
+// ctx ends.
+func (s *Store) List(ctx context.Context, repository string) ([]Generation, error) {
 	if err := pushwire.CheckRepository(repository); err != nil {
 		return nil, err
 	}
@@ -208,12 +237,29 @@ func (s *Store) List(repository string) ([]Generation, error) {
 		return nil, err
 	}
 	defer dir.Close()
+	decided := s.decided(repository)
 	var list []Generation
 	err = dir.Each(func(e fs.DirEntry) error {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		if _, _, err := ParseName(e.Name()); err != nil {
 			return nil
 		}
-		list = append(list, s.generation(dir, repository, e.Name()))
+		g, ok := s.generation(dir, repository, e.Name())
+		if !ok {
+			return nil
+		}
+		switch d, ok := decided[g.Name]; {
+		case g.Format == 0: // nothing is known of it
+		case !g.Suspect:
+			g.Standing = Good
+		case ok:
+			g.Standing = d
+		default:
+			g.Standing = Suspect
+		}
+		list = append(list, g)
 		return nil
 	})
 	slices.SortFunc(list, func(a, b Generation) int {
@@ -225,21 +271,25 @@ func (s *Store) List(repository string) ([]Generation, error) {
 	return list, err
 }
 
-// generation reads a generation.toml, once.
-func (s *Store) generation(dir *beneath.Dir, repository, name string) Generation {
+// generation reads a generation.toml, once. It reports false for one that was
+// expired since its name was seen.
+func (s *Store) generation(dir *beneath.Dir, repository, name string) (Generation, bool) {
 	s.mu.Lock()
 	g, ok := s.known[repository][name]
 	s.mu.Unlock()
 	if ok {
-		return g
+		return g, true
 	}
 	g, err := readGeneration(dir, repository, name)
 	if err != nil {
+		if _, gone := dir.Stat(name); errors.Is(gone, fs.ErrNotExist) {
+			return g, false
+		}
 		s.opt.Log.Error("a generation cannot be read", "repository", repository, "generation", name, "err", err)
-		return g
+		return g, true
 	}
 	s.remember(g)
-	return g
+	return g, true
 }
 
 func (s *Store) remember(g Generation) {
@@ -273,13 +323,19 @@ func readGeneration(dir *beneath.Dir, repository, name string) (Generation, erro
 	if g.Format != 1 || g.Repository != repository || g.Sequence != sequence {
 		return bare, fmt.Errorf("%w: %s says format %d, repository %q, sequence %d", ErrDamaged, TOMLFile, g.Format, g.Repository, g.Sequence)
 	}
+	if g.NewBytes < 0 || g.Overhead < 0 || g.Bytes < 0 {
+		return bare, fmt.Errorf("%w: %s counts below zero", ErrDamaged, TOMLFile)
+	}
+	if g.OldReason != "" {
+		g.Reasons, g.OldReason = append(g.Reasons, g.OldReason), ""
+	}
 	return g, nil
 }
 
 // Newest returns the newest generation that can be read, suspect or not, or an
 // error that wraps ErrNone.
-func (s *Store) Newest(repository string) (Generation, error) {
-	list, err := s.List(repository)
+func (s *Store) Newest(ctx context.Context, repository string) (Generation, error) {
+	list, err := s.List(ctx, repository)
 	if err != nil {
 		return Generation{}, err
 	}
@@ -292,8 +348,8 @@ func (s *Store) Newest(repository string) (Generation, error) {
 }
 
 // Generation returns one generation by its name.
-func (s *Store) Generation(repository, name string) (Generation, error) {
-	list, err := s.List(repository)
+func (s *Store) Generation(ctx context.Context, repository, name string) (Generation, error) {
+	list, err := s.List(ctx, repository)
 	if err != nil {
 		return Generation{}, err
 	}
@@ -314,10 +370,7 @@ func (s *Store) stored(ctx context.Context, pusher, except string) (bytes int64,
 		return 0, err
 	}
 	for _, r := range repositories {
-		if ctx.Err() != nil {
-			return 0, ctx.Err()
-		}
-		list, err := s.List(r)
+		list, err := s.List(ctx, r)
 		if err != nil {
 			return 0, err
 		}

@@ -174,7 +174,7 @@ func (s *Store) begin(ctx context.Context, req Request) (Answer, *Transaction, e
 	if err != nil {
 		return Answer{}, nil, err
 	}
-	newest, err := s.Newest(req.Repository)
+	newest, err := s.Newest(ctx, req.Repository)
 	if err != nil && !errors.Is(err, ErrNone) {
 		return Answer{}, nil, err
 	}
