@@ -1,6 +1,10 @@
 package deadman
 
-import "time"
+import (
+	"time"
+
+	"farkeep/appliance/status"
+)
 
 // The kinds of alarms. They are part of mails' ids and of the status file.
 const (
@@ -21,7 +25,21 @@ const (
 	stateLost      = "state-lost"
 	restarting     = "restarting"
 	degraded       = "degraded"
+	suspect        = "suspect"
+	untrue         = "heartbeat-untrue"
+	rotten         = "rot"
+	scrubOverdue   = "scrub-overdue"
+	diskFilling    = "disk-filling"
+	retiring       = "retiring"
+	frozen         = "expiry-frozen"
+	clockRecord    = "clock-record"
 )
+
+// ofRepositories are the kinds whose subject is a repository.
+var ofRepositories = []string{unchanged, suspect, rotten, retiring}
+
+// frozenAfter is how long expiry may rest before that is an alarm.
+const frozenAfter = 7 * 24 * time.Hour
 
 // entry is what is said about one kind of alarm, and how quick it is. Mails and
 // docs/alarms.md are made from it.
@@ -29,8 +47,10 @@ type entry struct {
 	kind string
 	// title and clear follow the name of what it is about in the mail's subject.
 	title, clear string
-	// after says that it waits for settings.DeadMan.UnreachableAfter.
+	// after says that it waits for settings.DeadMan.UnreachableAfter; wait is a
+	// delay that no setting changes.
 	after bool
+	wait  time.Duration
 	// hold is how long it must be over before the all-clear.
 	hold    time.Duration
 	meaning []string
@@ -204,6 +224,125 @@ var catalogue = []entry{
 		meaning: []string{"A step of the start failed, or a part does not run; what it was is given above."},
 		todo:    []string{"Look at `ssh APPLIANCE logs`."},
 	},
+	{
+		kind: suspect, title: "has a SUSPECT generation", clear: "has no suspect generation any more",
+		meaning: []string{
+			"What was pushed last differs from the generation before in a way that backups do not explain; the lines above say in words what changed. It was kept, beside everything that was there before, and nothing of this repository expires until you decide.",
+			"Home was taken over, and the repository was encrypted, emptied or swapped.",
+			"The disk at home is dying, or the repository there was repaired, recreated or deleted by somebody who may.",
+		},
+		todo: []string{
+			"Do not touch the repository at home yet. Look at the generations, the one before is whole: docs/history.md tells how.",
+			"If you know what changed and it is right, accept it; if it is not, reject it. Both want the admin key, and the commands stand above.",
+			"If it is not right, the enemy may be in your machines: docs/recovery.md.",
+		},
+	},
+	{
+		kind: untrue, title: "sent an untrue heartbeat", clear: "sends true heartbeats", hold: time.Hour,
+		meaning: []string{
+			"A pusher said that everything had arrived, and named a content that was never committed here. The heartbeat did not count.",
+			"Somebody with the pusher's key hides that the backups stopped.",
+			"Two pushers push one repository, or this disk was replaced by an older one.",
+		},
+		todo: []string{
+			"At home run `farkeep-pusher push` by hand and look at what it says.",
+			"If it pushes well and the alarm comes again, void the pusher's key and make a new one: docs/site.md.",
+		},
+	},
+	{
+		kind: rotten, title: "has ROTTEN files", clear: "has no rotten files any more",
+		meaning: []string{
+			"Files on the disk do not have the content that they had at their commit, or cannot be read at all. They are named above with the generations that share them.",
+			"The disk is dying, or its supply is too weak.",
+			"Somebody wrote to the disk while it was open.",
+		},
+		todo: []string{
+			"Run a push: files that home still has with the same content are sent again, and every generation that shares them is healed.",
+			"If more come, copy everything to a new disk while this one reads: docs/rot.md.",
+		},
+	},
+	{
+		kind: scrubOverdue, title: "disk was not read through in time", clear: "disk was read through again",
+		meaning: []string{
+			"All content should be read again within `scrub_every`, and it was not: the disk is open for too few hours, too slow, or busy with pushes.",
+		},
+		todo: []string{
+			"Look at `ssh APPLIANCE status`: it says how far the reading came, and what holds it up.",
+			"Make the disk's window longer, or `scrub_every` larger, in farkeep.toml.",
+		},
+	},
+	{
+		kind: diskFilling, title: "disk will be full soon", clear: "disk has room for longer again",
+		meaning: []string{
+			"At the pace of the last days the disk has no room for one more of its worst days within 30 days, or not even now.",
+			"Much was added lately: a large import, or an enemy at home who fills the disk. Nothing that is there is removed to make room, unless `when_full` says so, and never below the floor.",
+		},
+		todo: []string{
+			"Look at `ssh APPLIANCE generations`: it says which hold how much.",
+			"Keep fewer generations (docs/retention.md), retire what is not needed (docs/history.md), or plan a larger disk (docs/recovery.md).",
+		},
+	},
+	{
+		kind: retiring, title: "is being RETIRED", clear: "is not retiring any more",
+		meaning: []string{
+			"The admin key asked for this repository to leave this disk with all its generations. The day is given above; until then nothing is lost, and pushes of it are refused.",
+		},
+		todo: []string{
+			"If it was you: there is nothing to do.",
+			"If it was not, cancel it now with the command above, and replace the admin key: whoever has it was about to remove your backups.",
+		},
+	},
+	{
+		kind: frozen, title: "has not expired anything for a week", clear: "expires generations again", wait: frozenAfter,
+		meaning: []string{
+			"Old generations should have gone, and something forbids it; the reasons are above. Nothing is lost by it, but the disk fills.",
+			"A generation is suspect and nobody decided. The clock is in doubt and nobody accepted it.",
+			"A session with a restore or admin key reads generations day and night: a mount that was forgotten, or a key in the wrong hands.",
+		},
+		todo: []string{
+			"Take away the reasons: decide about what is suspect, accept the time if it is right, end the session (docs/history.md).",
+		},
+	},
+	{
+		kind: clockRecord, title: "clock does not fit the disk", clear: "clock fits the disk again", hold: time.Minute,
+		meaning: []string{
+			"The disk remembers the time by itself, and the appliance's clock shows one that cannot follow from it. Nothing expires until they agree or you accept the time.",
+			"The disk or the appliance lay switched off for more than two days: then the time is right.",
+			"Somebody on the LAN there answers in the name of the time sources, or put a new card with another time into the appliance.",
+		},
+		todo: []string{
+			"Compare the time above with your watch. If it is right: `ssh APPLIANCE accept-clock` with the admin key while the disk is open.",
+			"If it is wrong, find out who answers NTP in that LAN. The freeze ends by itself when the time fits again.",
+		},
+	},
+}
+
+// notice is what is said about something that was decided.
+type notice struct {
+	kind    string // of status.Event
+	title   string // follows the name of what it is about
+	meaning string
+}
+
+// notices lists them. It is never changed.
+var notices = []notice{
+	{status.EventAccepted, "generation was accepted", "The admin key declared a suspect generation good. It counts like any other from now on, and expiry goes on."},
+	{status.EventRejected, "generation was rejected", "The admin key declared a suspect generation bad. It stays until it is older than the floor's age, counts for no rule, and expiry goes on."},
+	{status.EventRetire, "retirement was asked for", "The admin key wants a repository to leave. It can be cancelled until the day that is given."},
+	{status.EventKept, "retirement was cancelled", "The repository stays, and pushes of it are taken again."},
+	{status.EventRetired, "was RETIRED", "The time was over: the repository and all its generations were removed from the disk."},
+	{status.EventClockAccepted, "time was accepted", "The admin key took the appliance's time for right, whatever the disk remembered."},
+	{status.EventFloor, "floor was changed", "The admin key changed the floor that the disk remembers. The higher one of that and farkeep.toml's counts."},
+	{status.EventThinned, "generation went to make room", "`when_full` says thin, and the disk had no room for one worst day: a generation above the floor went before its time."},
+}
+
+func noticeOf(kind string) (notice, bool) {
+	for _, n := range notices {
+		if n.kind == kind {
+			return n, true
+		}
+	}
+	return notice{}, false
 }
 
 func entryOf(kind string) (entry, bool) {

@@ -46,6 +46,9 @@ func documented() string {
 		if e.after {
 			when = "after `unreachable_after` (1 h)"
 		}
+		if e.wait > 0 {
+			when = "after " + span(e.wait)
+		}
 		switch e.kind {
 		case heartbeatStale:
 			when = "when a host's last heartbeat is older than `heartbeat_age` (30 h)"
@@ -68,6 +71,10 @@ func documented() string {
 		for _, m := range e.todo {
 			b.WriteString("- " + m + "\n")
 		}
+	}
+	b.WriteString("\n## Notices\n\nSome mails tell once that something was decided. They come without an alarm.\n\n| subject | says |\n|---|---|\n")
+	for _, n := range notices {
+		fmt.Fprintf(&b, "| `%s` | %s |\n", n.title, n.meaning)
 	}
 	b.WriteString("\n")
 	return b.String()

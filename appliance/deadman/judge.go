@@ -90,6 +90,8 @@ type finding struct {
 	kind    string
 	subject string // what it is about: a host, a repository, a part, or ""
 	facts   []fact
+	// commands are what the operator may run, ready to be copied.
+	commands []string
 }
 
 func (f finding) key() string { return f.kind + "/" + f.subject }
@@ -109,10 +111,12 @@ func Judge(state State, see Facts, set settings.DeadMan) (State, []Mail) {
 	j.settle()
 	j.heartbeats()
 	j.repositories()
+	j.history()
 	j.disk()
 	j.clock()
 	j.machine()
 	j.flip()
+	j.events()
 	j.proof()
 	return j.state, j.mails
 }
@@ -137,7 +141,7 @@ func (s State) clone() State {
 	if s.Restarts == nil {
 		s.Restarts = map[string]Window{}
 	}
-	s.Pending = slices.Clone(s.Pending)
+	s.Pending, s.Told = slices.Clone(s.Pending), slices.Clone(s.Told)
 	return s
 }
 
@@ -161,7 +165,7 @@ func (j *judge) settle() {
 }
 
 func (j *judge) find(kind, subject string, facts ...fact) {
-	j.findings = append(j.findings, finding{kind, subject, facts})
+	j.findings = append(j.findings, finding{kind: kind, subject: subject, facts: facts})
 }
 
 func (j *judge) raised(kind, subject string) bool {
@@ -347,7 +351,7 @@ func (j *judge) flip() {
 		found[f.key()] = true
 		a.Gone = Moment{}
 		switch {
-		case !a.Raised && (!e.after || j.see.since(a.Seen) >= j.set.UnreachableAfter.Std()):
+		case !a.Raised && j.see.since(a.Seen) >= e.delay(j.set):
 			a.Raised, a.Since, a.Last = true, now, now
 			a.MailID = j.mail(f.kind, j.subject(e, f.subject, e.title), j.body(e, f, a))
 		// A reminder of a mail that has not even left helps nobody.
@@ -415,7 +419,11 @@ func (s State) Raised() []status.Alarm {
 	var out []status.Alarm
 	for _, key := range slices.Sorted(maps.Keys(s.Alarms)) {
 		if a := s.Alarms[key]; a.Raised {
-			out = append(out, status.Alarm{Kind: a.Kind, Subject: a.Subject, Since: a.Since.Wall})
+			raised := status.Alarm{Kind: a.Kind, Subject: a.Subject, Since: a.Since.Wall}
+			if slices.Contains(ofRepositories, a.Kind) {
+				raised.Repository = a.Subject
+			}
+			out = append(out, raised)
 		}
 	}
 	return out

@@ -9,6 +9,7 @@ import (
 
 	"farkeep/appliance/outbox"
 	"farkeep/appliance/plainfile"
+	"farkeep/appliance/status"
 	"farkeep/shared/atomicfile"
 )
 
@@ -44,6 +45,7 @@ type State struct {
 	LastProof  Moment            `json:"last_proof"`            // of the monthly mail, or the first one
 	Dropped    int               `json:"dropped,omitempty"`     // mails that found no room in the outbox
 	Pending    []Mail            `json:"pending,omitempty"`     // decided, perhaps not in the outbox yet
+	Told       []string          `json:"told,omitempty"`        // the keeper's events that were mailed and are still listed
 }
 
 // Host is the last heartbeat of one.
@@ -87,7 +89,7 @@ func parseState(data []byte) (State, error) {
 	if err := json.Unmarshal(data, &s); err != nil {
 		return State{}, fmt.Errorf("state of the dead man's switch: %w", err)
 	}
-	if len(s.Alarms) > maxAlarms || len(s.Hosts) > maxHosts || len(s.Restarts) > maxHosts || len(s.Pending) > maxAlarms || s.Dropped < 0 {
+	if len(s.Alarms) > maxAlarms || len(s.Hosts) > maxHosts || len(s.Restarts) > maxHosts || len(s.Pending) > maxAlarms || len(s.Told) > status.MaxEvents || s.Dropped < 0 {
 		return State{}, errors.New("state of the dead man's switch: more than it can hold")
 	}
 	for _, a := range s.Alarms {

@@ -16,7 +16,7 @@ func (j *judge) subject(e entry, about, what string) string {
 	switch {
 	case e.kind == heartbeatStale:
 		return fmt.Sprintf("[WATCHDOG] %s %s", cmp.Or(line(about), "home"), what)
-	case e.kind == unchanged:
+	case slices.Contains(ofRepositories, e.kind):
 		return fmt.Sprintf("[WATCHDOG] %s repository %s %s", j.see.Host, line(about), what)
 	case about != "":
 		return fmt.Sprintf("[WATCHDOG] %s %s %s", j.see.Host, line(about), what)
@@ -30,6 +30,8 @@ func (j *judge) body(e entry, f finding, a Alarm) string {
 	switch {
 	case e.kind == heartbeatStale:
 		fmt.Fprintf(&b, "The heartbeat of %s is STALE: %s has not heard for too long that its backups arrived.\n\n", cmp.Or(line(f.subject), "home"), j.see.Host)
+	case slices.Contains(ofRepositories, e.kind):
+		fmt.Fprintf(&b, "%s: repository %s %s.\n\n", j.see.Host, line(f.subject), e.title)
 	case f.subject != "":
 		fmt.Fprintf(&b, "%s: %s %s.\n\n", j.see.Host, line(f.subject), e.title)
 	default:
@@ -40,6 +42,9 @@ func (j *judge) body(e entry, f finding, a Alarm) string {
 		facts = append(slices.Clone(facts), fact{"this alarm", fmt.Sprintf("raised %s, reminder %d", j.see.ago(a.Since), a.Reminders)})
 	}
 	table(&b, facts)
+	if len(f.commands) > 0 {
+		list(&b, "Commands, for a copy of the admin key", f.commands)
+	}
 	list(&b, "What it could mean", e.meaning)
 	list(&b, "What to do", e.todo)
 	j.view(&b)
@@ -57,6 +62,13 @@ func (j *judge) clearBody(e entry, a Alarm) string {
 	facts := []fact{{"raised", j.see.ago(a.Since)}, {"reminders sent", fmt.Sprint(a.Reminders)}}
 	if h, ok := j.state.Hosts[a.Subject]; ok && e.kind == heartbeatStale {
 		facts = append(facts, fact{"last heartbeat", stamp(h.ReceivedAt)})
+	}
+	if e.kind == rotten && j.see.Keeper != nil {
+		for _, r := range j.see.Keeper.Rot[:min(len(j.see.Keeper.Rot), maxListed)] {
+			if r.Repository == a.Subject && !r.Healed.IsZero() {
+				facts = append(facts, fact{"healed", fmt.Sprintf("%s, in %s", line(r.Path), few(r.Generations))})
+			}
+		}
 	}
 	table(&b, facts)
 	j.view(&b)

@@ -119,12 +119,15 @@ type Keeper struct {
 	Frozen []string
 	// FrozenSince is when expiry froze as a whole or for a repository; zero: it did not.
 	FrozenSince time.Time
-	Room        *Room  // nil: not known yet
-	Scrub       *Scrub // nil: not known yet
-	Rot         []Rot  // newest first, <= MaxRot
-	RotCount    int    // rotten files that are not healed, listed in Rot or not
-	Retiring    []Retiring
-	Untrue      []Untrue // newest first, <= MaxUntrue
+	// ClockDoubt is why the time that the machine believes in does not fit what
+	// the disk remembers; "": it does, or the machine believes in none.
+	ClockDoubt string
+	Room       *Room  // nil: not known yet
+	Scrub      *Scrub // nil: not known yet
+	Rot        []Rot  // newest first, <= MaxRot
+	RotCount   int    // rotten files that are not healed, listed in Rot or not
+	Retiring   []Retiring
+	Untrue     []Untrue // newest first, <= MaxUntrue
 	// Events are the last things that were decided: by the admin key, and by
 	// the keeper itself where an operator must hear of it. Oldest first.
 	Events  []Event
@@ -252,7 +255,10 @@ type Deadman struct {
 type Alarm struct {
 	Kind    string
 	Subject string
-	Since   time.Time
+	// Repository is the one that it is about, and whose name only those may learn
+	// who may use it; "": it is about something else.
+	Repository string
+	Since      time.Time
 }
 
 // Write replaces the status file at path.
