@@ -4,7 +4,7 @@
 // some pages change every day, a profile that never stands still.
 //
 // The same seed makes the same files day by day, whatever the time and the
-// machine. What changes in a day is about 0.6 % of the whole, and a year adds
+// machine. What changes in a day is about half a percent of the whole, and a year adds
 // about a quarter. Backing up is the caller's.
 package household
 
@@ -44,7 +44,7 @@ const (
 	mailBytes    = 5 << 20
 	databasePage = 4096
 	databaseSize = 1 << 20
-	profileBytes = 192 << 10
+	profileBytes = 48 << 10
 )
 
 // New fills dir with the files of day 0.
@@ -174,7 +174,7 @@ func (h *Household) receiveMail() {
 
 func (h *Household) useDatabase() {
 	data := h.read("lib/database")
-	for range 6 + h.random.IntN(10) {
+	for range 2 + h.random.IntN(6) {
 		page := h.random.IntN(len(data) / databasePage)
 		copy(data[page*databasePage:], h.page(databasePage))
 	}

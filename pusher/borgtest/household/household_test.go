@@ -52,9 +52,9 @@ func TestSameSeedSameHousehold(t *testing.T) {
 		sum, last := digest(t, dir)
 		return sum, first, last
 	}
-	a, first, last := live(1, 60)
-	b, _, _ := live(1, 60)
-	c, _, _ := live(2, 60)
+	a, first, last := live(1, 40)
+	b, _, _ := live(1, 40)
+	c, _, _ := live(2, 40)
 	if a != b {
 		t.Error("one seed made two households")
 	}
@@ -62,7 +62,7 @@ func TestSameSeedSameHousehold(t *testing.T) {
 		t.Error("two seeds made one household")
 	}
 	if first < 50e6 || first > 75e6 || last < first || last > first*5/4 {
-		t.Errorf("%d bytes grew to %d in 60 days", first, last)
+		t.Errorf("%d bytes grew to %d in 40 days", first, last)
 	}
 }
 
