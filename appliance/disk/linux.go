@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -41,6 +42,9 @@ type linux struct {
 	owner      int    // uid and gid of the keeper
 	sys        string // "/sys"
 	log        *slog.Logger
+
+	// met is how many errors the file system had met when it was mounted.
+	met int
 }
 
 // notDisks are block devices that never are the disk: made by the kernel out
@@ -157,6 +161,9 @@ func (l *linux) Mount(node string) error {
 	if err := unix.Mount(node, l.target, "ext4", flags, "errors=remount-ro"); err != nil {
 		return &failure{status.ErrorFileSystem, fmt.Errorf("%s on %s: %w", node, l.target, err)}
 	}
+	if _, l.met, _ = l.ext4(); l.met > 0 {
+		l.log.Warn("the file system remembers errors that e2fsck did not clear", "errors", l.met)
+	}
 	if err := l.own(); err != nil {
 		return errors.Join(&failure{status.ErrorFileSystem, err}, l.Unmount())
 	}
@@ -204,20 +211,63 @@ func (l *linux) own() error {
 
 // Mounted reads the mount table, which does not touch the disk.
 func (l *linux) Mounted() (bool, error) {
+	fields, err := l.mountLine()
+	return fields != nil, err
+}
+
+// mountLine is our mount's line of the mount table, in fields; nil if there is
+// none.
+func (l *linux) mountLine() ([]string, error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	defer f.Close()
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		// proc_pid_mountinfo(5): the fifth field is the mount point. Ours has no
 		// characters that would be escaped.
-		if fields := strings.Fields(lines.Text()); len(fields) > 5 && fields[4] == l.target {
-			return true, nil
+		if fields := strings.Fields(lines.Text()); len(fields) > 9 && fields[4] == l.target {
+			return fields, nil
 		}
 	}
-	return false, lines.Err()
+	return nil, lines.Err()
+}
+
+// ext4 asks the kernel how the mounted file system is, without touching the
+// disk: its mount options, and how many errors it has met since the last check.
+func (l *linux) ext4() (options []string, errors int, err error) {
+	fields, err := l.mountLine()
+	if err != nil || fields == nil {
+		return nil, 0, err
+	}
+	// The last three fields: type, source, options of the file system itself.
+	n := len(fields)
+	options = strings.Split(fields[n-1], ",")
+	text, err := os.ReadFile(filepath.Join(l.sys, "fs/ext4", filepath.Base(fields[n-2]), "errors_count"))
+	if err != nil {
+		return options, 0, err
+	}
+	errors, err = strconv.Atoi(strings.TrimSpace(string(text)))
+	return options, errors, err
+}
+
+// sound says whether ext4 works on. After an error it takes no more writes: up
+// to Linux 6.12 it was then read-only for statfs(2) too, later ones only say
+// "emergency_ro" in the mount table.
+func (l *linux) sound() error {
+	options, met, err := l.ext4()
+	switch {
+	case slices.Contains(options, "ro"), slices.Contains(options, "emergency_ro"):
+		return &failure{status.ErrorFileSystem, errors.New("the file system found an error and went read-only")}
+	case slices.Contains(options, "shutdown"):
+		return &failure{status.ErrorHung, errors.New("the file system was shut down")}
+	case err != nil:
+		return fmt.Errorf("how the file system is: %w", err)
+	case met > l.met:
+		return &failure{status.ErrorFileSystem, fmt.Errorf("the file system has met %d errors", met-l.met)}
+	}
+	return nil
 }
 
 // Healthy reads the LUKS header past the page cache: only then does the answer
@@ -228,8 +278,8 @@ func (l *linux) Healthy(dev Device) error {
 	if err := unix.Statfs(l.target, &st); err != nil {
 		return &failure{status.ErrorHung, fmt.Errorf("the file system: %w", err)}
 	}
-	if st.Flags&unix.ST_RDONLY != 0 {
-		return &failure{status.ErrorFileSystem, errors.New("the file system found an error and went read-only")}
+	if err := l.sound(); err != nil {
+		return err
 	}
 	fd, err := unix.Open(dev.Node, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -9,6 +9,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"farkeep/appliance/status"
 
 	"golang.org/x/sys/unix"
 )
@@ -72,6 +75,55 @@ func TestMount(t *testing.T) {
 		f.Close()
 		t.Errorf("a device on the disk: %v, want %v", err, unix.EACCES)
 	}
+}
+
+// TestFileSystemError: whatever the kernel's way to say it (statfs did until
+// Linux 6.12), a file system that met an error is found within one look, e2fsck
+// mends it, and the next mount is a sound one.
+func TestFileSystemError(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Fatal("this test mounts a file system: run it as root")
+	}
+	loop := strings.TrimSpace(tool(t, "mount", "losetup", "--find", "--show", fileSystem(t)))
+	t.Cleanup(func() { tool(t, "mount", "losetup", "--detach", loop) })
+	l := &linux{target: filepath.Join(t.TempDir(), "media", "disk"), owner: 902, sys: "/sys", log: slog.New(slog.DiscardHandler)}
+	dev := Device{Node: loop}
+	look := func(wantSound bool) {
+		t.Helper()
+		if err := l.Healthy(dev); (err == nil) != wantSound {
+			t.Errorf("sound %v: %v", wantSound, err)
+		} else if err != nil && kindOf(err) != status.ErrorFileSystem {
+			t.Errorf("it is an error of kind %q: %v", kindOf(err), err)
+		}
+	}
+	if err := l.Mount(loop); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Unmount() })
+	look(true)
+	if err := os.WriteFile(filepath.Join("/sys/fs/ext4", filepath.Base(loop), "trigger_fs_error"), []byte("test"), 0o200); err != nil {
+		t.Fatal(err)
+	}
+	look(false)
+	if err := os.WriteFile(filepath.Join(l.target, "x"), nil, 0o600); !errors.Is(err, unix.EROFS) {
+		t.Errorf("it takes writes after an error: %v", err)
+	}
+	if err := l.Unmount(); err != nil {
+		t.Fatal(err)
+	}
+	if why, err := l.NeedsCheck(loop, time.Time{}); why == "" || err != nil {
+		t.Errorf("needs a check: %q, %v", why, err)
+	}
+	if err := l.Check(t.Context(), loop, true); err != nil {
+		t.Fatal(err)
+	}
+	if why, err := l.NeedsCheck(loop, time.Time{}); why != "" || err != nil {
+		t.Errorf("needs a check after one: %q, %v", why, err)
+	}
+	if err := l.Mount(loop); err != nil {
+		t.Fatal(err)
+	}
+	look(true)
 }
 
 // superOptions are a mount's options of the file system itself
