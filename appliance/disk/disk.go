@@ -114,9 +114,9 @@ type System interface {
 	// Check repairs what e2fsck repairs unasked; full looks at everything, even
 	// if the file system says that it is clean.
 	Check(ctx context.Context, node string, full bool) error
-	// NeedsCheck says why the file system should be checked in full; "" if it
-	// need not. now is zero while the clock is unset.
-	NeedsCheck(node string, now time.Time) (reason string, err error)
+	// NeedsCheck says what care the file system wants before it is mounted, and
+	// why. now is zero while the clock is unset.
+	NeedsCheck(node string, now time.Time) (care Care, why string, err error)
 	Mount(node string) error
 	Mounted() (bool, error)
 	// Healthy reads from the disk itself, and fails if the file system went

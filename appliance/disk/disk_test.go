@@ -42,7 +42,7 @@ type machine struct {
 	unlockDelay            time.Duration
 	busyUnmount, busyUnmap int // so many times EBUSY
 	checkErr, mountErr     error
-	needs                  string
+	care                   Care
 	checks                 []bool // full or not
 	checkWanted            bool
 	attachErr, releaseErr  error
@@ -160,10 +160,10 @@ func (m *machine) Unlock(ctx context.Context, dev Device) (unlock.Result, error)
 	return m.unlockResult, m.unlockErr
 }
 
-func (m *machine) NeedsCheck(string, time.Time) (string, error) {
+func (m *machine) NeedsCheck(string, time.Time) (Care, string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.needs, nil
+	return m.care, "", nil
 }
 
 func (m *machine) Check(_ context.Context, _ string, full bool) error {
@@ -362,7 +362,9 @@ func want(t *testing.T, d *Disk, state string) status.Disk {
 	return s
 }
 
-func newMachine() *machine { return &machine{switches: true, clockSet: true, spinUp: 2 * time.Second} }
+func newMachine() *machine {
+	return &machine{switches: true, clockSet: true, spinUp: 2 * time.Second, care: CareReplay}
+}
 
 var night = settings.Window{Start: settings.ClockTime(2 * time.Hour), Length: settings.Duration(3 * time.Hour)}
 
@@ -397,6 +399,35 @@ func TestWindow(t *testing.T) {
 		after(21 * time.Hour)
 		want(t, d, status.DiskMounted)
 	})
+}
+
+// A file system that was closed in order is mounted without e2fsck; after a
+// power cut the journal is replayed; a full check is for what needs one.
+func TestCheckedWhenItShouldBe(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		care   Care
+		wanted bool // an earlier run of the part asked for a full check
+		calls  string
+		checks []bool
+	}{
+		{"clean", CareNone, false, "on, unlock, mount, attach", nil},
+		{"power cut", CareReplay, false, "on, unlock, check, mount, attach", []bool{false}},
+		{"due", CareFull, false, "on, unlock, check, mount, attach", []bool{true}},
+		{"failed while it was open", CareNone, true, "on, unlock, check, mount, attach", []bool{true}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m := newMachine()
+			m.care, m.checkWanted = tt.care, tt.wanted
+			run(t, m, settings.Window{Length: settings.Duration(24 * time.Hour)}, func(t *testing.T, d *Disk) {
+				after(10 * time.Second)
+				want(t, d, status.DiskMounted)
+				if calls := m.take(); calls != tt.calls || !slices.Equal(m.checks, tt.checks) || m.checkWanted {
+					t.Errorf("%s; full checks %v; wanted again %v", calls, m.checks, m.checkWanted)
+				}
+			})
+		})
+	}
 }
 
 func TestClockUnset(t *testing.T) {

@@ -6,21 +6,39 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"log/slog"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	"farkeep/appliance/status"
 )
 
 // When the whole file system is checked, though nothing is known to be wrong. A
-// full check of a large disk takes a good part of a night's window.
+// full check of a large disk takes a good part of a night's window, and each
+// byte that it reads wears the disk: four months of nightly openings.
 const (
 	checkAfterMounts = 120
 	checkAfterTime   = 120 * 24 * time.Hour
+)
+
+// Care is what a file system wants before it is mounted.
+type Care int
+
+// The kinds of care. docs/crash-safety.md says why these.
+const (
+	// CareNone: it was unmounted in order, and nothing is known against it.
+	CareNone Care = iota
+	// CareReplay: its journal holds what a power cut left. e2fsck replays it, and
+	// checks everything by itself if it cannot, or if the journal tells of errors.
+	CareReplay
+	// CareFull: everything is looked at.
+	CareFull
 )
 
 // superblock is what we read of ext4's (Linux, Documentation/filesystems/ext4,
@@ -30,23 +48,32 @@ type superblock struct {
 	state     uint16
 	errors    uint32 // errors the kernel has met since the last check
 	lastCheck time.Time
+	journal   bool // it must be replayed
+	damaged   bool // its own checksum is wrong
 }
 
 const (
-	superblockAt = 1024
-	ext4Magic    = 0xef53
-	stateErrors  = 2 // EXT4_ERROR_FS
+	superblockAt   = 1024
+	superblockSize = 1024
+	ext4Magic      = 0xef53
+	stateValid     = 1    // EXT4_VALID_FS: unmounted in order, or it has a journal that says so
+	stateErrors    = 2    // EXT4_ERROR_FS
+	incompatReplay = 4    // EXT4_FEATURE_INCOMPAT_RECOVER
+	compatChecksum = 1024 // EXT4_FEATURE_RO_COMPAT_METADATA_CSUM
 )
 
 func readSuperblock(r io.ReaderAt) (*superblock, error) {
-	b := make([]byte, 1024)
+	b := make([]byte, superblockSize)
 	if _, err := r.ReadAt(b, superblockAt); err != nil {
 		return nil, fmt.Errorf("read the file system's superblock: %w", err)
 	}
 	if binary.LittleEndian.Uint16(b[0x38:]) != ext4Magic {
 		return nil, errors.New("there is no ext4 file system behind the encryption")
 	}
+	sum := ^crc32.Checksum(b[:0x3fc], crc32.MakeTable(crc32.Castagnoli))
 	return &superblock{
+		journal:   binary.LittleEndian.Uint32(b[0x60:])&incompatReplay != 0,
+		damaged:   binary.LittleEndian.Uint32(b[0x64:])&compatChecksum != 0 && binary.LittleEndian.Uint32(b[0x3fc:]) != sum,
 		mounts:    binary.LittleEndian.Uint16(b[0x34:]),
 		state:     binary.LittleEndian.Uint16(b[0x3a:]),
 		lastCheck: time.Unix(int64(binary.LittleEndian.Uint32(b[0x40:]))|int64(b[0x277])<<32, 0),
@@ -54,20 +81,31 @@ func readSuperblock(r io.ReaderAt) (*superblock, error) {
 	}, nil
 }
 
-func (s *superblock) needsCheck(now time.Time) string {
+// needs says what care the file system wants, and why. now is zero while the
+// clock is unset: then its age is not judged.
+func (s *superblock) needs(now time.Time) (Care, string) {
 	switch {
+	case s.damaged:
+		return CareFull, "the checksum of its superblock is wrong"
 	case s.state&stateErrors != 0 || s.errors > 0:
-		return "the kernel met errors in it"
+		return CareFull, "the kernel met errors in it"
 	case s.mounts >= checkAfterMounts:
-		return fmt.Sprintf("it was mounted %d times since the last check", s.mounts)
+		return CareFull, fmt.Sprintf("it was mounted %d times since the last check", s.mounts)
 	case !now.IsZero() && now.Sub(s.lastCheck) > checkAfterTime:
-		return fmt.Sprintf("the last check was on %s", s.lastCheck.UTC().Format(time.DateOnly))
+		return CareFull, fmt.Sprintf("the last check was on %s", s.lastCheck.UTC().Format(time.DateOnly))
+	case s.journal:
+		return CareReplay, "it was not unmounted in order"
+	case s.state&stateValid == 0:
+		return CareFull, "it is not marked clean, and has no journal to replay"
 	}
-	return ""
+	return CareNone, ""
 }
 
 // fsckPrograms is where e2fsck may lie: in the firmware, on Debian.
 var fsckPrograms = []string{"/sbin/e2fsck", "/usr/sbin/e2fsck"}
+
+// errUnopened is e2fsck's operational error: it did not get as far as to check.
+var errUnopened = errors.New("e2fsck could not open the file system")
 
 type fsck struct {
 	log      *slog.Logger
@@ -81,7 +119,7 @@ const progressEvery = 10 * time.Second
 
 // run runs e2fsck -p, which repairs only what it can repair without a choice;
 // its exit codes: e2fsck(8).
-func (c fsck) run(ctx context.Context, node string, full bool) error {
+func (c fsck) run(ctx context.Context, node string, full bool, more ...string) error {
 	program := ""
 	for _, p := range c.programs {
 		if _, err := os.Stat(p); err == nil {
@@ -96,9 +134,16 @@ func (c fsck) run(ctx context.Context, node string, full bool) error {
 	if full {
 		args = append(args, "-f")
 	}
-	cmd := exec.CommandContext(ctx, program, append(args, node)...)
+	cmd := exec.CommandContext(ctx, program, append(append(args, more...), node)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.WaitDelay = 5 * time.Second
+	// It dies with this part: the next one would otherwise mount what it still
+	// repairs. The kernel ties that to the thread that forks, so this goroutine
+	// keeps its thread. What a killed e2fsck leaves is a journal to replay and the
+	// same reason to check again.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	// e2fsck ends in order when it is interrupted; SIGKILL in the middle of a
 	// repair would not harm either, but leaves the journal to be replayed.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
@@ -142,6 +187,8 @@ func (c fsck) run(ctx context.Context, node string, full bool) error {
 		return nil
 	case code&4 != 0:
 		return failed(status.ErrorFileSystem, "the file system has errors that need a person: attach the disk to a Linux machine, open it with the recovery key, and run e2fsck: %s", text)
+	case code == 8:
+		return &failure{status.ErrorFileSystem, fmt.Errorf("%w: %s", errUnopened, text)}
 	default:
 		return failed(status.ErrorFileSystem, "e2fsck ended with code %d: %s", code, text)
 	}

@@ -133,21 +133,30 @@ func (l *linux) Unlock(ctx context.Context, dev Device) (unlock.Result, error) {
 	return r, nil
 }
 
-func (l *linux) NeedsCheck(node string, now time.Time) (string, error) {
+func (l *linux) NeedsCheck(node string, now time.Time) (Care, string, error) {
 	f, err := os.Open(node)
 	if err != nil {
-		return "", err
+		return CareFull, "", err
 	}
 	defer f.Close()
 	s, err := readSuperblock(f)
 	if err != nil {
-		return "", &failure{status.ErrorFileSystem, err}
+		return CareFull, "", &failure{status.ErrorFileSystem, err}
 	}
-	return s.needsCheck(now), nil
+	care, why := s.needs(now)
+	return care, why, nil
 }
 
 func (l *linux) Check(ctx context.Context, node string, full bool) error {
-	return fsck{log: l.log, programs: fsckPrograms, quiet: progressEvery}.run(ctx, node, full)
+	check := fsck{log: l.log, programs: fsckPrograms, quiet: progressEvery}
+	err := check.run(ctx, node, full)
+	if errors.Is(err, errUnopened) && ctx.Err() == nil {
+		// A rotten superblock. The same lies at the beginning of the second block
+		// group too, and e2fsck -p takes that one only when it is told to.
+		l.log.Warn("trying the copy of the superblock", "err", err)
+		return check.run(ctx, node, true, "-b", "32768", "-B", "4096")
+	}
+	return err
 }
 
 func (l *linux) Mount(node string) error {

@@ -38,33 +38,66 @@ func tool(t *testing.T, pkg, name string, args ...string) string {
 func fileSystem(t *testing.T) string {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "ext4")
-	tool(t, "e2fsprogs", "mke2fs", "-q", "-t", "ext4", "-F", image, "16M")
+	tool(t, "e2fsprogs", "mke2fs", "-q", "-t", "ext4", "-F", "-b", "4096", "-J", "size=4", image, "160M") // two block groups
 	return image
 }
 
 func TestNeedsCheck(t *testing.T) {
 	now := time.Now()
+	tune := func(args ...string) func(*testing.T, string) {
+		return func(t *testing.T, image string) { tool(t, "e2fsprogs", "tune2fs", append(args, image)...) }
+	}
+	set := func(command string) func(*testing.T, string) {
+		return func(t *testing.T, image string) { debugfs(t, image, command) }
+	}
 	for _, tc := range []struct {
 		name    string
 		prepare func(t *testing.T, image string)
 		now     time.Time
-		want    string
+		care    Care
+		why     string
 	}{
-		{"new", func(*testing.T, string) {}, now, ""},
-		{"marked with errors", func(t *testing.T, image string) { debugfs(t, image, "ssv state 3") }, now, "errors"},
-		{"error count", func(t *testing.T, image string) { debugfs(t, image, "ssv error_count 4") }, now, "errors"},
-		{"mounted often", func(t *testing.T, image string) { tool(t, "e2fsprogs", "tune2fs", "-C", "500", image) }, now, "500 times"},
-		{"checked long ago", func(t *testing.T, image string) { tool(t, "e2fsprogs", "tune2fs", "-T", "20200101", image) }, now, "2020-01-0"},
-		{"checked long ago, clock unset", func(t *testing.T, image string) { tool(t, "e2fsprogs", "tune2fs", "-T", "20200101", image) }, time.Time{}, ""},
-		{"checked in the future", func(*testing.T, string) {}, time.Unix(0, 0), ""},
+		{"new", func(*testing.T, string) {}, now, CareNone, ""},
+		{"marked with errors", set("ssv state 3"), now, CareFull, "errors"},
+		{"error count", set("ssv error_count 4"), now, CareFull, "errors"},
+		{"a journal to replay", set("feature needs_recovery"), now, CareReplay, "not unmounted in order"},
+		{"a journal to replay, and errors", func(t *testing.T, image string) {
+			debugfs(t, image, "feature needs_recovery")
+			debugfs(t, image, "ssv error_count 4")
+		}, now, CareFull, "errors"},
+		{"not clean", set("ssv state 0"), now, CareFull, "not marked clean"},
+		{"mounted often", tune("-C", "500"), now, CareFull, "500 times"},
+		{"checked long ago", tune("-T", "20200101"), now, CareFull, "2020-01-0"},
+		{"checked long ago, clock unset", tune("-T", "20200101"), time.Time{}, CareNone, ""},
+		{"checked in the future", func(*testing.T, string) {}, time.Unix(0, 0), CareNone, ""},
+		{"damaged superblock", func(t *testing.T, image string) {
+			f, err := os.OpenFile(image, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.WriteAt([]byte("rot"), superblockAt+0x250); err != nil {
+				t.Fatal(err)
+			}
+		}, now, CareFull, "checksum"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			image := fileSystem(t)
 			tc.prepare(t, image)
 			l := &linux{log: slog.New(slog.DiscardHandler)}
-			why, err := l.NeedsCheck(image, tc.now)
-			if err != nil || (tc.want == "") != (why == "") || !strings.Contains(why, tc.want) {
-				t.Errorf("%q, %v; want %q", why, err, tc.want)
+			care, why, err := l.NeedsCheck(image, tc.now)
+			if err != nil || care != tc.care || (tc.why == "") != (why == "") || !strings.Contains(why, tc.why) {
+				t.Fatalf("%v, %q, %v; want %v, %q", care, why, err, tc.care, tc.why)
+			}
+			if care == CareNone {
+				return
+			}
+			// What needs care needs none afterwards.
+			if err := l.Check(t.Context(), image, care == CareFull); err != nil {
+				t.Fatal(err)
+			}
+			if care, why, err := l.NeedsCheck(image, tc.now); care != CareNone || err != nil {
+				t.Errorf("after the check: %v, %q, %v", care, why, err)
 			}
 		})
 	}
@@ -73,7 +106,7 @@ func TestNeedsCheck(t *testing.T) {
 		if err := os.WriteFile(empty, make([]byte, 8192), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := (&linux{}).NeedsCheck(empty, now); kindOf(err) != status.ErrorFileSystem {
+		if _, _, err := (&linux{}).NeedsCheck(empty, now); kindOf(err) != status.ErrorFileSystem {
 			t.Errorf("%v", err)
 		}
 	})

@@ -111,14 +111,14 @@ func TestFileSystemError(t *testing.T) {
 	if err := l.Unmount(); err != nil {
 		t.Fatal(err)
 	}
-	if why, err := l.NeedsCheck(loop, time.Time{}); why == "" || err != nil {
-		t.Errorf("needs a check: %q, %v", why, err)
+	if care, why, err := l.NeedsCheck(loop, time.Time{}); care != CareFull || err != nil {
+		t.Errorf("needs a check: %v, %q, %v", care, why, err)
 	}
 	if err := l.Check(t.Context(), loop, true); err != nil {
 		t.Fatal(err)
 	}
-	if why, err := l.NeedsCheck(loop, time.Time{}); why != "" || err != nil {
-		t.Errorf("needs a check after one: %q, %v", why, err)
+	if care, why, err := l.NeedsCheck(loop, time.Time{}); care != CareNone || err != nil {
+		t.Errorf("needs a check after one: %v, %q, %v", care, why, err)
 	}
 	if err := l.Mount(loop); err != nil {
 		t.Fatal(err)

@@ -60,7 +60,7 @@ func (p *plain) Unlock(context.Context, Device) (unlock.Result, error) {
 	return unlock.Result{OK: true, HeaderDigest: "in the clear", Server: "nobody"}, nil
 }
 
-func (p *plain) NeedsCheck(_ string, now time.Time) (string, error) {
+func (p *plain) NeedsCheck(_ string, now time.Time) (Care, string, error) {
 	return p.linux.NeedsCheck(p.node, now)
 }
 

@@ -173,36 +173,32 @@ func (d *Disk) unlock(ctx context.Context, dev Device) (node string, err error) 
 func (d *Disk) mount(ctx context.Context, node string) error {
 	sys := d.cfg.System
 	d.enter(status.DiskUnlocked, func(s *status.Disk) { s.Unlocked = true })
-	full := d.cfg.Memory.CheckWanted()
-	reason := "it failed while it was open"
-	if !full {
+	care, reason := CareFull, "it failed while it was open"
+	if !d.cfg.Memory.CheckWanted() {
 		var now time.Time
 		if d.cfg.ClockSet() {
 			now = time.Now()
 		}
 		err := d.bounded(stepTimeout, "read the file system's state", func() (err error) {
-			reason, err = sys.NeedsCheck(node, now)
+			care, reason, err = sys.NeedsCheck(node, now)
 			return err
 		})
 		if err != nil {
 			return err
 		}
-		full = reason != ""
 	}
-	if full {
-		d.cfg.Log.Info("checking the whole file system", "why", reason)
+	if care != CareNone {
+		d.cfg.Log.Info("checking the file system", "full", care == CareFull, "why", reason)
+		err := d.bounded(checkTimeout+stepTimeout, "check the file system", func() error {
+			ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+			defer cancel()
+			return sys.Check(ctx, node, care == CareFull)
+		})
+		if err != nil {
+			return err
+		}
 	}
-	// Also when there is no reason for a full check: e2fsck replays the journal
-	// and looks at the error flags, in no time on a clean file system.
-	err := d.bounded(checkTimeout+stepTimeout, "check the file system", func() error {
-		ctx, cancel := context.WithTimeout(ctx, checkTimeout)
-		defer cancel()
-		return sys.Check(ctx, node, full)
-	})
-	if err != nil {
-		return err
-	}
-	if full {
+	if care == CareFull {
 		if err := d.cfg.Memory.WantCheck(false); err != nil {
 			d.cfg.Log.Warn("remember that the file system was checked", "err", err)
 		}
