@@ -1,0 +1,117 @@
+package torture_test
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"farkeep/image/torture"
+)
+
+// What a long run is told, by "make torture". Without them the tests are short.
+const (
+	seedVariable  = "FARKEEP_TORTURE_SEED"
+	killsVariable = "FARKEEP_TORTURE_KILLS"
+	cutsVariable  = "FARKEEP_TORTURE_CUTS"
+)
+
+// number reads a variable; 0 if it is not set.
+func number(t *testing.T, name string) uint64 {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return 0
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		t.Fatalf("%s=%q is not a number", name, text)
+	}
+	return n
+}
+
+func seed(t *testing.T) uint64 {
+	t.Helper()
+	s := number(t, seedVariable)
+	if s == 0 {
+		s = rand.Uint64N(1_000_000)
+	}
+	t.Logf("seed %d: make torture SEED=%d draws the same misfortunes", s, s)
+	return s
+}
+
+// open makes a folder that every user may enter.
+func open(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for d := dir; d != "/" && d != os.TempDir(); d = filepath.Dir(d) {
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// build builds programs as the Makefile does.
+func build(t *testing.T, dir, tags string, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		cmd := exec.CommandContext(t.Context(), "go", "build", "-tags", tags, "-trimpath", "-o", filepath.Join(dir, "farkeep-"+name), "farkeep/"+name)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("build %s: %v\n%s", name, err, out)
+		}
+	}
+}
+
+// tail keeps the end of what the appliance says.
+type tail struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (w *tail) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	const most = 1 << 20
+	if w.b.Len() > most {
+		w.b.Next(w.b.Len() - most/2)
+	}
+	return w.b.Write(p)
+}
+
+func (w *tail) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	b := w.b.Bytes()
+	return string(b[max(0, len(b)-20_000):])
+}
+
+// TestKills kills the appliance's processes at random instants while real
+// repositories are pushed.
+func TestKills(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Fatal("this test runs an appliance: run it as root")
+	}
+	dir := open(t)
+	build(t, dir, "torture", "appliance", "pusher")
+	plan := torture.KillPlan{For: 8 * time.Second, Faults: 1}
+	if n := number(t, killsVariable); n > 0 {
+		plan = torture.KillPlan{Kills: int(n), Faults: int(n) / 25}
+	}
+	log := &tail{}
+	figures, err := torture.Kill(t.Context(), torture.Options{Seed: seed(t), Dir: dir, Bin: dir, Out: t.Output(), Log: log}, plan)
+	t.Logf("figures:\n%s", figures)
+	if err != nil {
+		t.Logf("the appliance said:\n%s", log)
+		t.Fatal(err)
+	}
+	if figures.Count("kills") < 5 {
+		t.Errorf("only %d kills: the test proves little", figures.Count("kills"))
+	}
+}
