@@ -1,17 +1,13 @@
 package freeze
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
-	"hash/crc32"
 	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -409,80 +405,5 @@ func TestLockThatIsNeverReleased(t *testing.T) {
 	cancel()
 	if _, err := Take(ctx, r.Path, opt); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
-	}
-}
-
-func entry(tag byte, body []byte) []byte {
-	b := make([]byte, headerSize, headerSize+len(body))
-	binary.LittleEndian.PutUint32(b[4:], uint32(headerSize+len(body)))
-	b[8] = tag
-	b = append(b, body...)
-	binary.LittleEndian.PutUint32(b, crc32.ChecksumIEEE(b[4:]))
-	return b
-}
-
-func TestScanSegment(t *testing.T) {
-	put := entry(tagPut, make([]byte, keySize+100))
-	del := entry(tagDelete, make([]byte, keySize))
-	bad := slices.Clone(put)
-	bad[60] ^= 1
-	for _, c := range []struct {
-		name string
-		in   [][]byte
-		want bool
-	}{
-		{"commit alone", [][]byte{[]byte(segmentMagic), commitEntry}, true},
-		{"put, delete, commit", [][]byte{[]byte(segmentMagic), put, del, commitEntry}, true},
-		{"two commits", [][]byte{[]byte(segmentMagic), commitEntry, commitEntry}, true},
-		{"no magic", [][]byte{put, commitEntry}, false},
-		{"nothing", nil, false},
-		{"magic alone", [][]byte{[]byte(segmentMagic)}, false},
-		{"no commit", [][]byte{[]byte(segmentMagic), put}, false},
-		{"something after the commit", [][]byte{[]byte(segmentMagic), commitEntry, put}, false},
-		{"commit between", [][]byte{[]byte(segmentMagic), commitEntry, put, commitEntry}, false},
-		{"wrong sum", [][]byte{[]byte(segmentMagic), bad, commitEntry}, false},
-		{"cut entry that ends like a commit", [][]byte{[]byte(segmentMagic), put[:50], commitEntry}, false},
-		{"short put", [][]byte{[]byte(segmentMagic), entry(tagPut, nil), commitEntry}, false},
-		{"long delete", [][]byte{[]byte(segmentMagic), entry(tagDelete, make([]byte, keySize+1)), commitEntry}, false},
-		{"long commit", [][]byte{[]byte(segmentMagic), entry(tagCommit, []byte{1})}, false},
-		{"unknown tag", [][]byte{[]byte(segmentMagic), entry(7, nil), commitEntry}, false},
-	} {
-		got, err := scanSegment(bytes.NewReader(bytes.Join(c.in, nil)))
-		if err != nil || got != c.want {
-			t.Errorf("%s: got %v, %v", c.name, got, err)
-		}
-	}
-}
-
-func FuzzScanSegment(f *testing.F) {
-	f.Add(slices.Concat([]byte(segmentMagic), entry(tagPut, make([]byte, keySize+3)), commitEntry))
-	f.Add(slices.Concat([]byte(segmentMagic), commitEntry))
-	f.Add([]byte(segmentMagic))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		ok, err := scanSegment(bytes.NewReader(b))
-		if err != nil {
-			t.Fatalf("bytes in memory cannot fail to be read: %v", err)
-		}
-		if ok && !bytes.HasSuffix(b, commitEntry) {
-			t.Error("committed, but does not end with a commit")
-		}
-		if ok {
-			if cut, _ := scanSegment(bytes.NewReader(b[:len(b)-1])); cut {
-				t.Error("still committed when cut")
-			}
-		}
-	})
-}
-
-func TestNumber(t *testing.T) {
-	for name, want := range map[string]int64{"0": 0, "17": 17, "2147483647": 2147483647} {
-		if got, ok := number(name); !ok || got != want {
-			t.Errorf("%s: %d %v", name, got, ok)
-		}
-	}
-	for _, name := range []string{"", "01", "-1", "+1", "1.tmp", "a", "99999999999", "1 "} {
-		if _, ok := number(name); ok {
-			t.Errorf("%q is no number of borg's", name)
-		}
 	}
 }

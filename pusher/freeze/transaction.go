@@ -1,42 +1,17 @@
 package freeze
 
 import (
-	"bufio"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
-)
 
-// The segment format of Borg 1.x (borg's repository.py, class LoggedIO): a magic,
-// then entries of crc32, size, tag, and, but for a commit, a 32-byte key; size
-// counts the whole entry, crc32 covers all of it but itself. Little endian.
-const (
-	segmentMagic = "BORG_SEG"
-	headerSize   = 9
-	keySize      = 32
-	tagPut       = 0
-	tagDelete    = 1
-	tagCommit    = 2
-	// maxEntry is more than borg's MAX_OBJECT_SIZE, which is 20 MiB and some bytes.
-	maxEntry = 64 << 20
+	"farkeep/shared/borgsegment"
 )
-
-// commitEntry is how the last entry of a transaction looks, always.
-var commitEntry = func() []byte {
-	b := make([]byte, headerSize)
-	binary.LittleEndian.PutUint32(b[4:], headerSize)
-	b[8] = tagCommit
-	binary.LittleEndian.PutUint32(b, crc32.ChecksumIEEE(b[4:]))
-	return b
-}()
 
 // ErrDamaged says that the repository is not in a state that borg itself would
 // accept, so that a picture of it would be worth nothing.
@@ -59,7 +34,7 @@ func listSegments(repository string) ([]segment, error) {
 		return nil, err
 	}
 	for _, folder := range folders {
-		if _, ok := number(folder.Name()); !ok || !folder.IsDir() {
+		if _, ok := borgsegment.Number(folder.Name()); !ok || !folder.IsDir() {
 			continue
 		}
 		files, err := os.ReadDir(filepath.Join(repository, "data", folder.Name()))
@@ -70,7 +45,7 @@ func listSegments(repository string) ([]segment, error) {
 			return nil, err
 		}
 		for _, file := range files {
-			n, ok := number(file.Name())
+			n, ok := borgsegment.Number(file.Name())
 			if !ok || !file.Type().IsRegular() {
 				continue
 			}
@@ -82,7 +57,7 @@ func listSegments(repository string) ([]segment, error) {
 				return nil, err
 			}
 			if info.Size() > 0 {
-				all = append(all, segment{n, filepath.Join("data", folder.Name(), file.Name()), info})
+				all = append(all, segment{int64(n), filepath.Join("data", folder.Name(), file.Name()), info})
 			}
 		}
 	}
@@ -93,15 +68,6 @@ func listSegments(repository string) ([]segment, error) {
 		}
 	}
 	return all, nil
-}
-
-// number reads a segment's number, or a data folder's, or a transaction's.
-func number(name string) (int64, bool) {
-	if len(name) > 1 && name[0] == '0' || strings.TrimLeft(name, "0123456789") != "" {
-		return 0, false
-	}
-	n, err := strconv.ParseInt(name, 10, 32) // borg's segment numbers have 32 bits
-	return n, err == nil
 }
 
 // newestIndex is the transaction of the newest index file, -1 for none. Borg
@@ -117,9 +83,9 @@ func newestIndex(repository string) (int64, error) {
 		if !ok || !e.Type().IsRegular() {
 			continue
 		}
-		if n, ok := number(digits); ok && n > newest {
+		if n, ok := borgsegment.Number(digits); ok && int64(n) > newest {
 			if info, err := e.Info(); err == nil && info.Size() > 0 {
-				newest = n
+				newest = int64(n)
 			}
 		}
 	}
@@ -140,7 +106,7 @@ func committed(repository string, segments []segment, index int64) (int64, error
 		}
 		if s.number == index {
 			// Borg wrote this index after this commit: that it is there is enough.
-			ok, err := endsWithCommit(filepath.Join(repository, s.path))
+			ok, err := isCommitted(filepath.Join(repository, s.path), borgsegment.EndsWithCommit)
 			if err != nil {
 				return 0, err
 			}
@@ -149,7 +115,7 @@ func committed(repository string, segments []segment, index int64) (int64, error
 			}
 			break
 		}
-		ok, err := isCommitted(filepath.Join(repository, s.path))
+		ok, err := isCommitted(filepath.Join(repository, s.path), borgsegment.IsCommitted)
 		if err != nil {
 			return 0, err
 		}
@@ -163,7 +129,10 @@ func committed(repository string, segments []segment, index int64) (int64, error
 	return -1, nil
 }
 
-func endsWithCommit(path string) (bool, error) {
+// isCommitted applies one of borg's rules to a segment file:
+// [borgsegment.EndsWithCommit], or the full one, [borgsegment.IsCommitted], which
+// reads the whole segment and is needed after a crash alone.
+func isCommitted(path string, rule func(io.ReaderAt, int64) (bool, error)) (bool, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return false, err
@@ -173,84 +142,9 @@ func endsWithCommit(path string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if info.Size() < int64(len(segmentMagic)+headerSize) {
-		return false, nil
-	}
-	var head [len(segmentMagic)]byte
-	var tail [headerSize]byte
-	if _, err := f.ReadAt(head[:], 0); err != nil {
-		return false, err
-	}
-	if _, err := f.ReadAt(tail[:], info.Size()-headerSize); err != nil {
-		return false, err
-	}
-	return string(head[:]) == segmentMagic && string(tail[:]) == string(commitEntry), nil
-}
-
-// isCommitted applies borg's full rule: the segment ends with a commit, every
-// entry is whole, and no commit is followed by anything else. Only segments after
-// the newest index are read like this, which there are after a crash alone.
-func isCommitted(path string) (bool, error) {
-	if ok, err := endsWithCommit(path); !ok || err != nil {
-		return false, err
-	}
-	f, err := os.Open(path)
+	ok, err := rule(f, info.Size())
 	if err != nil {
-		return false, err
+		err = fmt.Errorf("read %s: %w", path, err)
 	}
-	defer f.Close()
-	return scanSegment(bufio.NewReaderSize(f, 1<<20))
-}
-
-// scanSegment reports whether r holds a well-formed segment that ends in a
-// commit. An error is one of reading.
-func scanSegment(r io.Reader) (bool, error) {
-	var head [len(segmentMagic)]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return false, short(err)
-	}
-	if string(head[:]) != segmentMagic {
-		return false, nil
-	}
-	sum := crc32.NewIEEE()
-	seen := false
-	for {
-		var header [headerSize]byte
-		if _, err := io.ReadFull(r, header[:]); err != nil {
-			if errors.Is(err, io.EOF) {
-				return seen, nil
-			}
-			return false, short(err)
-		}
-		size := int64(binary.LittleEndian.Uint32(header[4:]))
-		tag := header[8]
-		switch {
-		case size > maxEntry:
-			return false, nil
-		case tag == tagCommit && size != headerSize,
-			tag == tagPut && size < headerSize+keySize,
-			tag == tagDelete && size != headerSize+keySize,
-			tag > tagCommit:
-			return false, nil
-		case seen && tag != tagCommit:
-			return false, nil
-		}
-		sum.Reset()
-		sum.Write(header[4:])
-		if _, err := io.CopyN(sum, r, size-headerSize); err != nil {
-			return false, short(err)
-		}
-		if sum.Sum32() != binary.LittleEndian.Uint32(header[:]) {
-			return false, nil
-		}
-		seen = tag == tagCommit
-	}
-}
-
-// short turns the end of the bytes, which makes a segment uncommitted, into no error.
-func short(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return nil
-	}
-	return err
+	return ok, err
 }

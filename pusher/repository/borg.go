@@ -1,98 +1,38 @@
 package repository
 
 import (
-	"bufio"
 	"bytes"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
+
+	"farkeep/shared/borgconfig"
 
 	"golang.org/x/sys/unix"
 )
-
-// maxConfig bounds a Borg repository's config file, in bytes. With a key in it, it
-// has less than 2000.
-const maxConfig = 256 << 10
 
 // ErrNotBorg says that a folder is no Borg 1.x repository, and does not look as
 // if it had been one.
 var ErrNotBorg = errors.New("not a Borg 1.x repository")
 
-// BorgConfig is what the pusher needs of a Borg repository's config file.
-type BorgConfig struct {
-	ID      string // 64 hexadecimal digits, small
-	Version int
-}
-
-// ParseBorgConfig reads a config file as Python's configparser does, but for
-// what borg never writes: sections in brackets, "key = value" or "key: value"
-// lines, indented lines that continue a value, lines that begin with # or ; as
-// comments. Keys count in any case.
-func ParseBorgConfig(text []byte) (BorgConfig, error) {
-	var c BorgConfig
-	if len(text) > maxConfig {
-		return c, fmt.Errorf("config is larger than %d bytes", maxConfig)
-	}
-	section, seen := "", map[string]string{}
-	lines := bufio.NewScanner(bytes.NewReader(text))
-	lines.Buffer(nil, maxConfig+1)
-	for lines.Scan() {
-		line := lines.Text()
-		trimmed := strings.TrimSpace(line)
-		switch {
-		case trimmed == "", trimmed[0] == '#', trimmed[0] == ';':
-		case line[0] == ' ' || line[0] == '\t':
-			// The continuation of a value: only the key's, which is none of ours.
-		case trimmed[0] == '[':
-			section = strings.TrimSuffix(strings.TrimPrefix(trimmed, "["), "]")
-		case section == "repository":
-			i := strings.IndexAny(line, "=:")
-			if i < 0 {
-				return c, fmt.Errorf("config: %.40q is no setting", line)
-			}
-			key := strings.ToLower(strings.TrimSpace(line[:i]))
-			if _, twice := seen[key]; twice {
-				return c, fmt.Errorf("config: %.40q is set twice", key)
-			}
-			seen[key] = strings.TrimSpace(line[i+1:])
-		}
-	}
-	if err := lines.Err(); err != nil {
-		return c, fmt.Errorf("config: %w", err)
-	}
-	if len(seen) == 0 {
-		return c, fmt.Errorf("%w: config has no [repository]", ErrNotBorg)
-	}
-	if _, err := fmt.Sscanf(seen["version"], "%d", &c.Version); err != nil || fmt.Sprint(c.Version) != seen["version"] {
-		return c, fmt.Errorf("config: version %.40q is no number", seen["version"])
-	}
-	c.ID = strings.ToLower(seen["id"])
-	if id, err := hex.DecodeString(c.ID); err != nil || len(id) != 32 {
-		return c, fmt.Errorf("config: id %.80q does not have 64 hexadecimal digits", seen["id"])
-	}
-	return c, nil
-}
-
 // ReadBorg reads the config of the Borg 1.x repository in folder path. The error
 // wraps [ErrNotBorg] for a folder that is something else altogether; other errors
 // are about a repository that is not as it should be.
-func ReadBorg(path string) (BorgConfig, error) {
-	text, err := readSome(filepath.Join(path, "config"), maxConfig)
+func ReadBorg(path string) (borgconfig.Config, error) {
+	text, err := readSome(filepath.Join(path, "config"), borgconfig.MaxSize)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, errNotRegular) {
 		if borgReadme(path) {
-			return BorgConfig{}, fmt.Errorf("%s has borg's README but no config: it is damaged, or was never completed", path)
+			return borgconfig.Config{}, fmt.Errorf("%s has borg's README but no config: it is damaged, or was never completed", path)
 		}
-		return BorgConfig{}, fmt.Errorf("%s: %w", path, ErrNotBorg)
+		return borgconfig.Config{}, fmt.Errorf("%s: %w", path, ErrNotBorg)
 	}
 	if err != nil {
-		return BorgConfig{}, err
+		return borgconfig.Config{}, err
 	}
-	c, err := ParseBorgConfig(text)
+	c, err := borgconfig.Parse(text)
 	if err != nil {
 		if !borgReadme(path) {
 			err = ErrNotBorg

@@ -1,0 +1,411 @@
+package suspect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"farkeep/shared/borgconfig"
+	"farkeep/shared/borgsegment"
+	"farkeep/shared/generations"
+)
+
+// few chunks may always go: in a repository that is hardly older than its second
+// archive they are a large share.
+const few = 16
+
+// named is how many files a reason names.
+const named = 3
+
+func (j *Judge) borg(ctx context.Context, c *generations.Candidate, l limits, f *findings) error {
+	p, err := look(ctx, c)
+	if err != nil {
+		return err
+	}
+	if err := identity(c, p, f); err != nil {
+		return err
+	}
+	hadSegments, _ := p.has(inOld)
+	hasSegments, _ := p.has(inNew)
+	if hasSegments == 0 {
+		if hadSegments > 0 || p.newIndex >= 0 {
+			f.add("The folder data/ is gone or empty: there is not one segment file left of %s.", count(hadSegments))
+		}
+		return nil
+	}
+	if err := j.marks(c, p, f); err != nil {
+		return err
+	}
+	changed(p, f)
+	p.trim()
+
+	for again := false; ; again = true {
+		err := j.chunks(ctx, c, p, l, f, !again)
+		if !errors.Is(err, errDamaged) || again {
+			return err
+		}
+		j.log.Warn("the index of segments is damaged and made anew", "repository", c.Repository)
+		if err := c.Scratch.RemoveAll(packFile); err != nil {
+			return err
+		}
+	}
+}
+
+// identity checks that it is the same repository as before, and says of itself what
+// the pusher says of it.
+func identity(c *generations.Candidate, p *picture, f *findings) error {
+	if !p.config {
+		f.add("The file config is gone: without it no borg opens the repository.")
+		return nil
+	}
+	file, err := c.Open("config")
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	text, err := io.ReadAll(io.LimitReader(file, borgconfig.MaxSize+1))
+	if err != nil {
+		return err
+	}
+	config, err := borgconfig.Parse(text)
+	if err != nil {
+		f.add("The file config is not one of borg's any more: %.120v.", err)
+		return nil
+	}
+	was := ""
+	if c.Current != nil {
+		was = c.Current.RepositoryID
+	}
+	switch {
+	case was != "" && config.ID != was:
+		f.add("This is another repository: its id is %.16s..., and was %.16s... until now. Somebody put another one in its place, or made it anew.", config.ID, was)
+	case c.Offer.RepositoryID != "" && c.Offer.RepositoryID != config.ID:
+		f.add("The pusher called this repository %.16s..., and its config says %.16s....", c.Offer.RepositoryID, config.ID)
+	}
+	return nil
+}
+
+// marks finds where the committed part of both generations ends.
+func (j *Judge) marks(c *generations.Candidate, p *picture, f *findings) (err error) {
+	if p.newMark, err = p.committed(inNew, p.newIndex, c.Open); err != nil {
+		return err
+	}
+	p.oldMark = -1
+	if c.Current != nil {
+		if p.oldMark, err = p.committed(inOld, p.oldIndex, c.OpenOld); err != nil {
+			return err
+		}
+	}
+	if p.newMark < 0 {
+		f.add("Not one segment holds a commit that borg would accept: to borg this repository is empty.")
+		return nil
+	}
+	if p.newMark != p.newIndex {
+		return nil // borg was cut before it wrote its index; committed has read the segment
+	}
+	for i := range p.segments {
+		s := &p.segments[i]
+		if s.where&inNew != 0 && int64(s.number) == p.newMark {
+			ok, err := check(s, c.Open, borgsegment.EndsWithCommit)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				f.add("The newest commit is not one of borg's any more: %s does not end as borg ends it.", s.path())
+			}
+			return nil
+		}
+	}
+	f.add("The segment of the newest commit is gone: there is an index.%d, and no segment %d.", p.newMark, p.newMark)
+	return nil
+}
+
+// changed looks for committed segments with other bytes than before: borg never
+// writes to one again.
+func changed(p *picture, f *findings) {
+	var n, old int64
+	var names []string
+	for i := range p.segments {
+		s := &p.segments[i]
+		if s.where&inOld == 0 || int64(s.number) > p.oldMark {
+			continue
+		}
+		old++
+		if s.where == inOld && i+1 < len(p.segments) && p.segments[i+1].number == s.number {
+			if n++; len(names) < named {
+				names = append(names, s.path())
+			}
+		}
+	}
+	if n > 0 {
+		f.add("%s of %s that were final have other bytes now (%s). Borg never changes them, except in \"check --repair\": a disk at home is failing, or somebody overwrites the backup.",
+			plural(n, "segment"), count(old), some(names, n))
+	}
+}
+
+// chunks compares what is alive, after it has made sure that there is an index of
+// every segment. broken says whether to add the segments that are none to the
+// findings.
+func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture, l limits, f *findings, report bool) error {
+	k, err := openPack(c.Scratch)
+	if err != nil {
+		return err
+	}
+	defer k.close()
+	x := &indexer{ctx: ctx, pack: k, candidate: c}
+	missing, err := x.index(p, j.config.Patience, j.config.Now)
+	if err != nil {
+		return err
+	}
+	if report && x.broken > 0 {
+		f.add("%s are no segments of borg's (%s): encrypted or overwritten by something else, or the disk at home is failing.", plural(x.broken, "new file"), some(x.names, x.broken))
+	}
+	if missing > 0 {
+		j.log.Info("segments have no index yet, chunks are not compared", "repository", c.Repository, "segments", missing)
+		return fewerBytes(p, l, f)
+	}
+	as, err := openAnchors(c.Scratch, j.config.Now(), c.Current)
+	if err != nil {
+		return err
+	}
+	var fresh *anchor
+	if as.due {
+		fresh = newAnchor(j.config.Now(), k.total(p.segments))
+	}
+	var r comparison
+	var lost, sampled totals
+	err = each(ctx, k, p.segments, func(s span, t *table) {
+		r.take(t, fresh)
+		if s.first == 0 {
+			r.oldManifest, r.newManifest = t.manifest[0] != 0, t.manifest[1] != 0
+		}
+		if as.oldest != nil {
+			for _, i := range as.oldest.within(s) {
+				sampled.chunks++
+				sampled.bytes += int64(i.size)
+				if !t.alive(i.key) {
+					lost.chunks++
+					lost.bytes += int64(i.size)
+				}
+			}
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if c.Current != nil {
+		r.judge(l, f)
+		if as.oldest != nil && r.old.chunks > 0 {
+			slowly(as.oldest, lost, sampled, l, f)
+		}
+	}
+	j.log.Info("compared chunks", "repository", c.Repository, "segments", len(p.segments), "read", x.read, "alive", r.new.chunks, "bytes", r.new.bytes,
+		"vanished", r.vanished.chunks, "vanished_bytes", r.vanished.bytes, "rewritten", r.rewritten.chunks, "added", r.added.chunks, "lost_of_sample", lost.chunks, "sample", sampled.chunks)
+	if len(f.reasons) > 0 {
+		return nil
+	}
+	if fresh != nil {
+		if err := fresh.save(c.Scratch); err != nil {
+			return err
+		}
+	}
+	return k.sweep(p.segments)
+}
+
+// take adds one part of the keys.
+func (r *comparison) take(t *table, fresh *anchor) {
+	for i, key := range t.key {
+		if key == 0 {
+			continue
+		}
+		old, new := t.old[i], t.new[i]
+		if old != 0 {
+			r.old.add(old)
+		}
+		if new != 0 {
+			r.new.add(new)
+			if fresh != nil {
+				fresh.offer(item{key: key, size: new >> 32})
+			}
+		}
+		switch {
+		case old != 0 && new == 0:
+			r.vanished.add(old)
+		case old == 0 && new != 0:
+			r.added.add(new)
+		case old != new:
+			r.rewritten.add(old)
+		}
+	}
+}
+
+func (r *comparison) judge(l limits, f *findings) {
+	if r.oldManifest && !r.newManifest {
+		f.add("The table of archives is gone from the repository: not one archive can be listed any more.")
+	}
+	everything := r.vanished.chunks > 0 && r.vanished.chunks == r.old.chunks
+	if everything || r.vanished.chunks > few && (over(r.vanished.chunks, r.old.chunks, l.vanish) || over(r.vanished.bytes, r.old.bytes, l.vanish)) {
+		f.add("%s of %s chunks (%s) that archives used are gone, %s of %s. A usual prune takes less than %d %%: many archives were deleted, or segments are missing.",
+			count(r.vanished.chunks), count(r.old.chunks), percent(r.vanished.chunks, r.old.chunks), size(r.vanished.bytes), size(r.old.bytes), l.vanish)
+	}
+	if r.rewritten.chunks > few && (over(r.rewritten.chunks, r.old.chunks, l.change) || over(r.rewritten.bytes, r.old.bytes, l.change)) {
+		f.add("%s of %s chunks (%s) have other data under their old names. Only \"borg recreate --recompress\" does that; otherwise somebody puts junk in their place.",
+			count(r.rewritten.chunks), count(r.old.chunks), percent(r.rewritten.chunks, r.old.chunks))
+	}
+}
+
+// slowly judges what was lost since an anchor.
+func slowly(a *anchor, lost, sampled totals, l limits, f *findings) {
+	limit := l.cumulative()
+	if lost.chunks > few && (over(lost.chunks, sampled.chunks, limit) || over(lost.bytes, sampled.bytes, limit)) {
+		f.add("Of what archives used on %s, %s of the chunks and %s of the bytes are gone by now, a part with each push. Within %d days less than %d %% is usual.",
+			a.at.UTC().Format("2 January"), percent(lost.chunks, sampled.chunks), percent(lost.bytes, sampled.bytes), int(window/(24*time.Hour)), limit)
+	}
+}
+
+// fewerBytes is what can be said without an index: compaction never makes a
+// repository smaller than its live chunks.
+func fewerBytes(p *picture, l limits, f *findings) error {
+	_, old := p.has(inOld)
+	_, new := p.has(inNew)
+	if over(old-new, old, l.cumulative()) {
+		f.add("The repository shrank from %s to %s. Its chunks could not be compared yet, so this may be a compaction after a large prune.", size(old), size(new))
+	}
+	return nil
+}
+
+// indexer reads segments into the pack.
+type indexer struct {
+	ctx       context.Context
+	pack      *pack
+	candidate *generations.Candidate
+	readers   [2]*borgsegment.Reader // by mode
+	records   []record
+	read      int   // segments
+	broken    int64 // new files that are no segments
+	names     []string
+}
+
+// index makes sure that the pack has every segment of p, and returns how many it
+// does not have because patience ended.
+//
+// What is new to this generation is read whole, whatever it takes: it came over a
+// line that is slower than the disk. What is not new and has no index yet is read by
+// its headers, and so is everything of a first generation, which may be terabytes:
+// there is nothing that it could be compared with.
+func (x *indexer) index(p *picture, patience time.Duration, now func() time.Time) (missing int, err error) {
+	first := x.candidate.Current == nil
+	var later []int
+	for i := range p.segments {
+		s := &p.segments[i]
+		blocks := x.pack.find(s.number, s.id)
+		fresh := s.where == inNew && !first
+		switch {
+		case blocks != nil && (!fresh || blocks[0].flags&(flagChecked|flagBroken) != 0):
+			if fresh && blocks[0].flags&flagBroken != 0 {
+				x.bad(s, "")
+			}
+		case fresh:
+			if err := x.add(s, borgsegment.Checked); err != nil {
+				return 0, err
+			}
+		default:
+			later = append(later, i)
+		}
+	}
+	start := now()
+	for n, i := range later {
+		if now().Sub(start) > patience {
+			missing = len(later) - n
+			break
+		}
+		if err := x.add(&p.segments[i], borgsegment.Headers); err != nil {
+			return 0, err
+		}
+	}
+	if x.pack.unread {
+		x.pack.sort()
+	}
+	return missing, nil
+}
+
+// bad notes a new file that is no segment.
+func (x *indexer) bad(s *segment, why string) {
+	if x.broken++; len(x.names) < named {
+		name := s.path()
+		if why != "" {
+			name += ": " + why
+		}
+		x.names = append(x.names, name)
+	}
+}
+
+// add reads one segment.
+func (x *indexer) add(s *segment, mode borgsegment.Mode) error {
+	if err := x.ctx.Err(); err != nil {
+		return err
+	}
+	open := x.candidate.Open
+	if s.where&inNew == 0 {
+		open = x.candidate.OpenOld
+	}
+	file, err := open(s.path())
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	err = x.entries(s, file, mode)
+	x.read++
+	var format *borgsegment.FormatError
+	if errors.As(err, &format) {
+		if s.where == inNew {
+			x.bad(s, fmt.Sprintf("%.60v", format))
+		}
+		return x.pack.append(block{number: s.number, id: s.id, flags: flagLast | flagBroken}, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("read %s: %w", s.path(), err)
+	}
+	return nil
+}
+
+func (x *indexer) entries(s *segment, file *os.File, mode borgsegment.Mode) error {
+	if x.readers[mode] == nil {
+		x.readers[mode] = borgsegment.NewReader(mode)
+	}
+	if x.records == nil {
+		x.records = make([]record, 0, maxRecords)
+	}
+	r := x.readers[mode]
+	r.Reset(file, s.size)
+	b := block{number: s.number, id: s.id}
+	if mode == borgsegment.Checked {
+		b.flags = flagChecked
+	}
+	records := x.records[:0]
+	var e borgsegment.Entry
+	for r.Next(&e) {
+		if e.Tag == borgsegment.Commit {
+			continue
+		}
+		if len(records) == cap(records) {
+			if err := x.pack.append(b, records); err != nil {
+				return err
+			}
+			b.part++
+			records = records[:0]
+			if err := x.ctx.Err(); err != nil {
+				return err
+			}
+		}
+		records = append(records, recordOf(&e))
+	}
+	if err := r.Err(); err != nil {
+		return err
+	}
+	b.flags |= flagLast
+	return x.pack.append(b, records)
+}
