@@ -5,7 +5,7 @@ export CGO_ENABLED := 0
 GO       ?= go
 FUZZTIME ?= 30s
 NEEDS    := qemu-system-arm borgbackup rsync openssh-client openssh-server cryptsetup-bin \
-            e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd
+            fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd
 
 .PHONY: help all demo test test-fast lint bench fuzz image needs clean
 

@@ -17,11 +17,13 @@ import (
 	"golang.org/x/term"
 
 	"farkeep/pusher/appliance"
+	"farkeep/pusher/borgcopy"
 	"farkeep/pusher/directory"
 	"farkeep/pusher/repository"
 	"farkeep/pusher/target"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
+	"farkeep/shared/secret"
 	"farkeep/shared/site"
 	"farkeep/shared/tomlfile"
 	"farkeep/shared/usage"
@@ -32,10 +34,27 @@ const program = "farkeep-pusher"
 // Env is what the commands know of the world, so that tests can run them in
 // their own process.
 type Env struct {
+	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	Terminal       func() int // the width of the terminal behind Stderr; nil if there is none
 	Getenv         func(string) string
+	Environ        func() []string
 	Now            func() time.Time
+	// Passphrase asks a person for the passphrase of a key file; nil if there is nobody.
+	Passphrase func(file string) (secret.Bytes, error)
+}
+
+// askPassphrase returns what asks at the terminal in, nil if it is none.
+func askPassphrase(in *os.File, out io.Writer) func(string) (secret.Bytes, error) {
+	if !term.IsTerminal(int(in.Fd())) {
+		return nil
+	}
+	return func(file string) (secret.Bytes, error) {
+		fmt.Fprintf(out, "Passphrase of %s: ", file)
+		typed, err := term.ReadPassword(int(in.Fd()))
+		fmt.Fprintln(out)
+		return secret.New(typed), err
+	}
 }
 
 // terminalOf returns what tells a terminal's width, nil if f is none.
@@ -56,7 +75,12 @@ func terminalOf(f *os.File) func() int {
 func run(ctx context.Context, args []string, env *Env) int {
 	root := newRootCmd(env)
 	root.SetArgs(args)
-	return hint.Report(env.Stderr, program, root.ExecuteContext(ctx))
+	err := root.ExecuteContext(ctx)
+	var ended *borgcopy.ExitError
+	if errors.As(err, &ended) { // borg has said itself what is wrong
+		return ended.Code
+	}
+	return hint.Report(env.Stderr, program, err)
 }
 
 // places are where things are, as the flags say.
@@ -78,7 +102,8 @@ Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 partly
 done, 4 refused by the other side, 5 out of reach, 130 interrupted.`,
 		Example: `  farkeep-pusher check
   farkeep-pusher push
-  farkeep-pusher status`,
+  farkeep-pusher status
+  farkeep-pusher restore vault photos latest --to ./photos`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          usage.Args(cobra.NoArgs),
@@ -92,7 +117,8 @@ done, 4 refused by the other side, 5 out of reach, 130 interrupted.`,
 	f.StringVar(&at.identity, "identity", "/etc/farkeep/pusher/ssh_key", "the pusher's SSH key")
 	f.StringVar(&at.state, "state", "/var/lib/farkeep-pusher", "folder of what the pusher remembers")
 	f.BoolVarP(&at.verbose, "verbose", "v", false, "say more")
-	root.AddCommand(newPushCmd(env, at), newStatusCmd(env, at), newCheckCmd(env, at), newForgetCmd(env, at))
+	root.AddCommand(newPushCmd(env, at), newStatusCmd(env, at), newCheckCmd(env, at), newForgetCmd(env, at),
+		newGenerationsCmd(env, at), newRestoreCmd(env, at), newMountCmd(env, at), newBorgCmd(env, at))
 	return root
 }
 

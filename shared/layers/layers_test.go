@@ -42,7 +42,11 @@ var rules = []rule{
 	{"farkeep/appliance/deadman", "github.com/emersion/go-smtp", "the part that judges does not speak to the network"},
 	{"farkeep/appliance/mail", "farkeep/shared/sshverb", "the part that mails has no way into the VPN's services"},
 	{"farkeep/keyserver", "os/exec", "nothing that an appliance sends reaches a program"},
-	{"farkeep/pusher", "os/exec", "a push needs no other program, so that none can be put in its place"},
+	{"farkeep/pusher/push", "os/exec", "a push needs no other program, so that none can be put in its place"},
+	{"farkeep/pusher/freeze", "os/exec", "a push needs no other program, so that none can be put in its place"},
+	{"farkeep/pusher/repository", "os/exec", "a push needs no other program, so that none can be put in its place"},
+	{"farkeep/pusher/appliance", "os/exec", "what speaks to appliances starts nothing"},
+	{"farkeep/pusher/restore", "os/exec", "a restore needs no other program: not even one that mounts"},
 }
 
 type pkg struct {

@@ -8,11 +8,20 @@
 //	commit PUSH                           ← CommitAnswer
 //	abort PUSH                            ← {}
 //	heartbeat HOST     → Heartbeat        ← {}
-//	generations [REPOSITORY]              ← one Generation per line
+//	generations [--text] [REPOSITORY]     ← one Generation per line, or text
 //	verify REPOSITORY GENERATION          ← VerifyAnswer
 //	status [--json]                       ← text, or Status
 //	wake [--wait=SECONDS]                 ← DiskState
 //	sleep                                 ← DiskState
+//
+// With an admin key:
+//
+//	accept REPOSITORY GENERATION [WHY]    ← {}
+//	reject REPOSITORY GENERATION [WHY]    ← {}
+//	retire REPOSITORY                     ← Retiring
+//	keep REPOSITORY                       ← {}
+//	accept-clock                          ← ClockAnswer
+//	floor GENERATIONS AGE                 ← {}
 package pushwire
 
 import (
@@ -64,6 +73,9 @@ type OfferAnswer struct {
 	// whether it remembers what Base holds.
 	BaseDigest string    `json:"base_digest,omitempty"`
 	Resume     []Partial `json:"resume,omitempty"` // AnswerSend: files of which the beginning is there
+	// Heal says that nothing changed: what is needed are files of the newest
+	// generation that the disk lost, and the commit makes no generation.
+	Heal bool `json:"heal,omitempty"`
 }
 
 // Partial is a file of which the appliance has the first Have bytes.
@@ -107,6 +119,7 @@ type Generation struct {
 	Committed  time.Time `json:"committed"`
 	Entries    int64     `json:"entries"`
 	Bytes      int64     `json:"bytes"`
+	NewBytes   int64     `json:"new_bytes,omitempty"` // not shared with the generation before
 	Digest     string    `json:"digest"`
 	Suspect    bool      `json:"suspect,omitempty"` // was so at its commit; see Standing
 	// Standing is "good", "suspect", "accepted" or "rejected".
@@ -125,6 +138,14 @@ type VerifyAnswer struct {
 	Files int64    `json:"files"`
 	Bytes int64    `json:"bytes"`
 	Bad   []string `json:"bad,omitempty"` // the first files whose content is not what SUMS.b2 says
+}
+
+// ClockAnswer ends an accept-clock.
+type ClockAnswer struct {
+	Was time.Time `json:"was"` // the latest time that the disk had seen
+	// Now is the time that was accepted; zero: the one that the time sources agree
+	// on next will be, within an hour.
+	Now time.Time `json:"now,omitzero"`
 }
 
 // DiskState is the answer to wake and sleep, and a part of Status.

@@ -171,13 +171,18 @@ func (d *Dialogue) Wait() error {
 	}
 	var exit *ssh.ExitError
 	if errors.As(err, &exit) {
-		text, next, _ := strings.Cut(strings.TrimSpace(d.stderr.String()), "\nhint: ")
-		if text == "" {
-			text = fmt.Sprintf("exit status %d without a word", exit.ExitStatus())
-		}
-		return hint.Exit(exit.ExitStatus(), hint.Because(&Error{Code: exit.ExitStatus(), Text: printableLines(text), Hint: printable(next)}, "%s", printableLines(next)))
+		return told(exit.ExitStatus(), d.stderr.String())
 	}
 	return hint.Exit(hint.ExitUnreachable, fmt.Errorf("%s: the connection broke: %w", d.verb, err))
+}
+
+// told is the error for a status other than 0, with the peer's words.
+func told(status int, stderr string) error {
+	text, next, _ := strings.Cut(strings.TrimSpace(stderr), "\nhint: ")
+	if text == "" {
+		text = fmt.Sprintf("exit status %d without a word", status)
+	}
+	return hint.Exit(status, hint.Because(&Error{Code: status, Text: printableLines(text), Hint: printable(next)}, "%s", printableLines(next)))
 }
 
 // Close cuts the verb off.

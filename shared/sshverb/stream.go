@@ -1,0 +1,94 @@
+package sshverb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"farkeep/shared/hint"
+)
+
+// Stream is a subsystem in progress: bytes both ways until one side ends it.
+type Stream struct {
+	ssh.Channel
+	name    string
+	raw     io.Closer
+	release func() bool
+	stderr  tail
+	status  int           // of the peer's exit; -1: it sent none
+	ended   chan struct{} // closed when the peer has closed the channel; guards the two above
+}
+
+// Subsystem starts a subsystem ("sftp"). When ctx ends it is cut off. The caller
+// must Close the stream.
+func (c *Client) Subsystem(ctx context.Context, name string) (*Stream, error) {
+	channel, requests, err := c.conn.OpenChannel("session", nil)
+	if err != nil {
+		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %s: %w", name, err))
+	}
+	s := &Stream{Channel: channel, name: name, raw: c.raw, status: -1, ended: make(chan struct{})}
+	var both sync.WaitGroup
+	both.Go(func() { io.Copy(&s.stderr, channel.Stderr()) })
+	both.Go(func() {
+		for r := range requests {
+			// RFC 4254 §6.10.
+			var exit struct{ Status uint32 }
+			if r.Type == "exit-status" && ssh.Unmarshal(r.Payload, &exit) == nil {
+				s.status = int(exit.Status)
+			}
+			if r.WantReply {
+				r.Reply(false, nil)
+			}
+		}
+	})
+	go func() {
+		both.Wait()
+		close(s.ended)
+	}()
+	s.release = context.AfterFunc(ctx, s.cut)
+	// RFC 4254 §6.5.
+	ok, err := channel.SendRequest("subsystem", true, ssh.Marshal(struct{ Name string }{name}))
+	if err == nil && !ok {
+		err = errors.New("the peer has no such subsystem")
+	}
+	if err != nil {
+		s.Close()
+		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("start %s: %w", name, err))
+	}
+	return s, nil
+}
+
+// cut ends the stream, and the connection with it if the peer does not answer.
+func (s *Stream) cut() {
+	s.Channel.Close()
+	select {
+	case <-s.ended:
+	case <-time.After(closeGrace):
+		s.raw.Close()
+	}
+}
+
+// Close ends the stream.
+func (s *Stream) Close() error {
+	s.release()
+	return s.Channel.Close()
+}
+
+// Wait returns, once the peer has closed the stream, how it did: nil for exit
+// status 0, an *Error with its words for another, hint.ExitUnreachable where the
+// connection broke.
+func (s *Stream) Wait() error {
+	<-s.ended
+	switch {
+	case s.status == 0:
+		return nil
+	case s.status > 0:
+		return told(s.status, s.stderr.String())
+	}
+	return hint.Exit(hint.ExitUnreachable, fmt.Errorf("%s: the connection broke", s.name))
+}
