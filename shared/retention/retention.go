@@ -14,6 +14,7 @@ package retention
 
 import (
 	"cmp"
+	"container/heap"
 	"fmt"
 	"slices"
 	"time"
@@ -87,39 +88,53 @@ var forever = time.Unix(1<<40, 0)
 // The cost is n log n, forecast included: about 20 ms for 10,000 items.
 func Plan(now time.Time, r Rules, items []Item) []Decision {
 	entries := examine(now, r, items)
-	var going []*entry
-	for i := range entries {
-		if e := &entries[i]; e.until.Before(forever) {
-			e.until = later(e.until, now)
-			going = append(going, e)
-		}
-	}
-	// Whoever may go first goes first; of those, the oldest.
-	slices.SortStableFunc(going, func(a, b *entry) int { return a.until.Compare(b.until) })
-	goes := make(map[*entry]time.Time, len(going))
-	for i, e := range going {
-		if r.PerDay <= 0 {
-			break
-		}
-		at := e.until
-		if i >= r.PerDay {
-			at = later(at, goes[going[i-r.PerDay]].Add(24*time.Hour))
-		}
-		goes[e] = at
-	}
+	goes := schedule(now, r.PerDay, entries)
 	decisions := make([]Decision, len(entries))
 	for i := range entries {
 		e := &entries[i]
-		d := Decision{Name: e.item.Name, Keep: true, Why: e.why, Goes: goes[e]}
-		switch due := !e.until.After(now); {
-		case due && r.PerDay > 0 && !d.Goes.After(now):
-			d.Keep = false
-		case due:
-			d.Why = "expire_per_day"
+		d := Decision{Name: e.item.Name, Keep: true, Why: e.why, Goes: goes[i]}
+		if !e.until.After(now) {
+			d.Keep = d.Goes.IsZero() || d.Goes.After(now)
+			if d.Keep {
+				d.Why = "expire_per_day"
+			}
 		}
 		decisions[i] = d
 	}
 	return decisions
+}
+
+// schedule says when each entry goes, zero for those that stay: as soon as
+// nothing keeps it, the oldest first, and never more than perDay in 24 hours.
+func schedule(now time.Time, perDay int, entries []entry) []time.Time {
+	goes := make([]time.Time, len(entries))
+	if perDay <= 0 {
+		return goes
+	}
+	var going []int // positions, those first that are let go first
+	for i := range entries {
+		if entries[i].until.Before(forever) {
+			going = append(going, i)
+		}
+	}
+	slices.SortStableFunc(going, func(a, b int) int { return entries[a].until.Compare(entries[b].until) })
+	var due positions // negative, so that the oldest is on top
+	var gone []time.Time
+	for at := now; len(going) > 0 || len(due) > 0; {
+		if len(due) == 0 {
+			at = later(at, entries[going[0]].until)
+		}
+		if k := len(gone) - perDay; k >= 0 {
+			at = later(at, gone[k].Add(24*time.Hour))
+		}
+		for len(going) > 0 && !entries[going[0]].until.After(at) {
+			heap.Push(&due, -going[0])
+			going = going[1:]
+		}
+		goes[-heap.Pop(&due).(int)] = at
+		gone = append(gone, at)
+	}
+	return goes
 }
 
 // Thin names what to let go next to make room on a full disk, beyond what the
