@@ -64,7 +64,10 @@ func TestFloor(t *testing.T) {
 			},
 			map[string]string{"d03": "daily #2", "d02": "daily #1", "d01": "suspect", "d00": "suspect"}},
 		{"a pinned one stays, and is counted", retention.Rules{Policy: two, PerDay: 99},
-			func(i []retention.Item) []retention.Item { i[0].Kept, i[5].Kept = "a reader", retention.KeptCurrent; return i },
+			func(i []retention.Item) []retention.Item {
+				i[0].Kept, i[5].Kept = "a reader", retention.KeptCurrent
+				return i
+			},
 			map[string]string{"d05": "a reader", "d01": "daily #2", "d00": "current"}},
 		{"a rejected one counts for nothing and goes after the floor's age", retention.Rules{Policy: two, Floor: retention.Floor{Generations: 2, Age: 50 * time.Hour}, PerDay: 99},
 			func(i []retention.Item) []retention.Item {
