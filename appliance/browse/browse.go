@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/pkg/sftp"
 )
@@ -44,9 +45,19 @@ func Open(dir string, allow func(repository string) bool) (*Disk, error) {
 // Close closes the folder. Serve must have returned.
 func (d *Disk) Close() error { return d.root.Close() }
 
-// Serve speaks SFTP on rw until the peer hangs up. All files that it opened
-// are closed when it returns.
-func (d *Disk) Serve(rw io.ReadWriteCloser) error {
+// Idle is how long a peer may think before its next request. The disk has power
+// meanwhile; but somebody at sftp's prompt looks for a file, and must not lose the
+// session over it. A line that is dead is found by SSH itself, much sooner.
+const Idle = 15 * time.Minute
+
+// Serve speaks SFTP until the peer hangs up: in is what it sends, out takes the
+// answers. When no request came for idle, end is called, which must end the
+// session and so in. All files that were opened are closed when Serve returns.
+func (d *Disk) Serve(in io.Reader, out io.WriteCloser, idle time.Duration, end func()) error {
+	rw := struct {
+		io.Reader
+		io.WriteCloser
+	}{&patient{in, idle, end}, out}
 	server := sftp.NewRequestServer(rw, sftp.Handlers{FileGet: d, FilePut: d, FileCmd: d, FileList: d}, sftp.WithRSAllocator())
 	err := server.Serve()
 	server.Close()
@@ -54,6 +65,18 @@ func (d *Disk) Serve(rw io.ReadWriteCloser) error {
 		return nil
 	}
 	return err
+}
+
+// patient waits for a peer, but not for ever.
+type patient struct {
+	r    io.Reader
+	idle time.Duration
+	end  func()
+}
+
+func (p *patient) Read(b []byte) (int, error) {
+	defer time.AfterFunc(p.idle, p.end).Stop()
+	return p.r.Read(b)
 }
 
 // local turns a request's path, absolute and cleaned by package sftp, into one

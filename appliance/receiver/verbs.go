@@ -182,10 +182,9 @@ func (r *receiver) sftp(ctx context.Context, s *sshverb.Session) error {
 		return &sshverb.Error{Code: hint.ExitFailure, Text: "there are no generations yet", Err: err}
 	}
 	defer disk.Close()
-	rw := s.ReadWriteCloser()
 	stop := context.AfterFunc(ctx, s.End)
 	defer stop()
-	return disk.Serve(rw)
+	return disk.Serve(s.Patient(), s.ReadWriteCloser(), browse.Idle, s.End)
 }
 
 // mayUse says whether the key may use the repository.
