@@ -35,6 +35,9 @@ type Config struct {
 	Image   string // SD image, MBR; for RaspberryPi3 its size is a power of two
 	Disk    string // raw image of the USB disk, "" for none
 	Relay   Relay  // what switches the disk
+	// DiskServer is the unix socket of an NBD server that stands before Disk; ""
+	// for none. Flushes of the guest reach it, as they do not reach a plain Disk.
+	DiskServer string
 
 	Append      string    // further kernel words, after those of the image
 	Console     io.Writer // gets the serial console line by line; may be nil. Must not block for long

@@ -136,7 +136,9 @@ func arguments(cfg *Config, f files) []string {
 			"-device", "i6300esb", "-action", "watchdog=reset",
 		)
 	}
-	if cfg.Disk != "" {
+	if cfg.DiskServer != "" {
+		args = append(args, "-blockdev", "driver=nbd,node-name="+diskNode+",server.type=unix,server.path="+escape(cfg.DiskServer))
+	} else if cfg.Disk != "" {
 		// -blockdev, because a -drive is deleted together with its device, and this one comes back.
 		args = append(args, "-blockdev", "driver=raw,node-name="+diskNode+
 			",cache.no-flush=on,file.driver=file,file.cache.no-flush=on,file.filename="+escape(cfg.Disk))

@@ -16,7 +16,7 @@ import (
 // Boot switches the appliance on.
 func (a *Appliance) Boot(ctx context.Context) error {
 	pi, err := emulate.Start(ctx, emulate.Config{
-		Machine: a.Machine, Image: a.Card, Disk: a.Disk, Relay: a.Relay,
+		Machine: a.Machine, Image: a.Card, Disk: a.Disk, DiskServer: a.DiskServer, Relay: a.Relay,
 		// The emulated Pi 3's own watchdog resets the machine as soon as it is opened.
 		Append: "farkeep.watchdog=softdog", HostForward: a.Forward, Console: a.stage.o.Console, Logger: a.stage.o.Log,
 	})

@@ -78,8 +78,10 @@ type Appliance struct {
 	Card string      // its personal SD image
 	Disk string      // its disk image
 	Pi   *emulate.Pi // nil while it is off
-	At   string      // host:port on the loopback where its receiver is reached through the VPN
-	LUKS string
+	// DiskServer, if set before Boot, stands before Disk: see emulate.Config.
+	DiskServer string
+	At         string // host:port on the loopback where its receiver is reached through the VPN
+	LUKS       string
 
 	stage *Stage
 }

@@ -162,15 +162,23 @@ func (h *home) arrived(ctx context.Context, generations, name string) error {
 	if err != nil {
 		return err
 	}
+	if err := same(name, want, g); err != nil {
+		return fmt.Errorf("%s is not what was pushed: %w", newest, err)
+	}
+	return nil
+}
+
+// same compares what was pushed with what lies in a generation's files/.
+func same(name string, want map[string][sha256.Size]byte, g witness.Generation) error {
 	for path, sum := range want {
 		essential := name == plainName || path == "config" || path == "README" || strings.HasPrefix(path, "data/")
 		if e, ok := g[path]; essential && (!ok || e.Sum != sum) {
-			return fmt.Errorf("%s was pushed, and its file %s is not what it is at home", newest, path)
+			return fmt.Errorf("%s is not what it was at home", path)
 		}
 	}
 	for path, e := range g {
 		if _, ok := want[path]; e.Mode.IsRegular() && !ok {
-			return fmt.Errorf("%s holds %s, which home has not", newest, path)
+			return fmt.Errorf("%s is there, and home has no such file", path)
 		}
 	}
 	return nil

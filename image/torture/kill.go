@@ -53,6 +53,8 @@ type killBench struct {
 	seen *witness.Witness
 	push []string // the pusher's command line
 
+	rules retention.Rules
+
 	mu sync.Mutex // guards Figures and Out between the pusher and the killer
 }
 
@@ -67,8 +69,11 @@ type KillPlan struct {
 // what did not hold.
 func Kill(ctx context.Context, o Options, plan KillPlan) (_ *Figures, err error) {
 	b := &killBench{Options: o}
+	var policy settings.Appliance
+	expiry(&policy)
+	b.rules = policy.History.For(plainName)
 	b.seen = &witness.Witness{MayGo: b.mayGo}
-	b.svc, err = service.Start(ctx, service.Options{Dir: o.Dir, Bin: o.Bin, DiskSize: diskSize, Settings: history, Log: o.Log, Bound: true})
+	b.svc, err = service.Start(ctx, service.Options{Dir: o.Dir, Bin: o.Bin, DiskSize: diskSize, Settings: expiry, Log: o.Log, Bound: true})
 	if err != nil {
 		return &b.Figures, err
 	}
@@ -90,14 +95,16 @@ func Kill(ctx context.Context, o Options, plan KillPlan) (_ *Figures, err error)
 // diskSize is small, so that expiry has something to do and e2fsck little.
 const diskSize = 192 << 20
 
-// rules let generations go within seconds.
-var rules = retention.Rules{
-	Policy: retention.Policy{Within: 20 * time.Second, Hourly: 2, Daily: 2},
-	Floor:  retention.Floor{Generations: 3, Age: 10 * time.Second},
-	PerDay: 100_000,
+// expiry lets generations go within seconds. Nothing that the plain files do is
+// suspect: they change at random.
+func expiry(a *settings.Appliance) {
+	a.History = settings.DefaultHistory()
+	h := &a.History
+	h.Within, h.Hourly, h.Daily, h.Weekly, h.Monthly, h.Yearly = settings.Duration(20*time.Second), 2, 2, 0, 0, 0
+	h.FloorGenerations, h.FloorAge, h.ExpirePerDay = 3, settings.Duration(10*time.Second), 1000
+	h.CommitInterval, h.ScrubEvery = 0, settings.Duration(time.Minute)
+	h.VanishPercent, h.ChangePercent = 100, 100
 }
-
-func history(a *settings.Appliance) {}
 
 // mayGo: only what the policy lets go may be gone.
 func (b *killBench) mayGo(gone witness.ID, there []witness.ID) error {
@@ -112,7 +119,7 @@ func (b *killBench) mayGo(gone witness.ID, there []witness.ID) error {
 		}
 		items = append(items, retention.Item{Name: id.Name(), Sequence: int64(len(items)), Committed: at})
 	}
-	for _, d := range retention.Plan(time.Now().Add(time.Second), rules, items) {
+	for _, d := range retention.Plan(time.Now().Add(time.Second), b.rules, items) {
 		if d.Name == gone.Name() && d.Keep {
 			return fmt.Errorf("the policy keeps it: %s", d.Why)
 		}
