@@ -61,7 +61,8 @@ func (d *Disk) Serve(in io.Reader, out io.WriteCloser, idle time.Duration, end f
 	server := sftp.NewRequestServer(rw, sftp.Handlers{FileGet: d, FilePut: d, FileCmd: d, FileList: d}, sftp.WithRSAllocator())
 	err := server.Serve()
 	server.Close()
-	if errors.Is(err, io.EOF) {
+	// Peers hang up with files open, too: package sftp says io.ErrUnexpectedEOF then.
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil
 	}
 	return err
