@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"farkeep/shared/borgconfig"
@@ -164,20 +165,20 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 		f.add("%s are no segments of borg's (%s): encrypted or overwritten by something else, or the disk at home is failing.", plural(x.broken, "new file"), some(x.names, x.broken))
 	}
 	if missing > 0 {
-		j.log.Info("segments have no index yet, chunks are not compared", "repository", c.Repository, "segments", missing)
-		return fewerBytes(p, l, f)
+		j.log.Info("segments have no index yet, their chunks are not compared", "repository", c.Repository, "segments", missing)
+		fewerBytes(p, l, f)
 	}
 	as, err := openAnchors(c.Scratch, j.config.Now(), c.Current)
 	if err != nil {
 		return err
 	}
 	var fresh *anchor
-	if as.due {
+	if as.due && missing == 0 {
 		fresh = newAnchor(j.config.Now(), k.total(p.segments))
 	}
 	var r comparison
 	var lost, sampled totals
-	err = each(ctx, k, p.segments, func(s span, t *table) {
+	err = each(ctx, k, p.segments, tableBits, func(s span, t *table) {
 		r.take(t, fresh)
 		if s.first == 0 {
 			r.oldManifest, r.newManifest = t.manifest[0] != 0, t.manifest[1] != 0
@@ -266,15 +267,13 @@ func slowly(a *anchor, lost, sampled totals, l limits, f *findings) {
 	}
 }
 
-// fewerBytes is what can be said without an index: compaction never makes a
-// repository smaller than its live chunks.
-func fewerBytes(p *picture, l limits, f *findings) error {
+// fewerBytes is what can be said of segments without an index.
+func fewerBytes(p *picture, l limits, f *findings) {
 	_, old := p.has(inOld)
 	_, new := p.has(inNew)
 	if over(old-new, old, l.cumulative()) {
-		f.add("The repository shrank from %s to %s. Its chunks could not be compared yet, so this may be a compaction after a large prune.", size(old), size(new))
+		f.add("The repository shrank from %s to %s. Not all of its chunks could be compared yet, so this may be a compaction after a large prune.", size(old), size(new))
 	}
-	return nil
 }
 
 // indexer reads segments into the pack.
@@ -317,9 +316,11 @@ func (x *indexer) index(p *picture, patience time.Duration, now func() time.Time
 		}
 	}
 	start := now()
-	for n, i := range later {
+	// The newest first: of a chunk that is known then, all that became of it is
+	// known as well, so that what has an index can be compared without the rest.
+	for n, i := range slices.Backward(later) {
 		if now().Sub(start) > patience {
-			missing = len(later) - n
+			missing = n + 1
 			break
 		}
 		if err := x.add(&p.segments[i], borgsegment.Headers); err != nil {

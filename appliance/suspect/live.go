@@ -7,25 +7,22 @@ import (
 	"math/rand/v2"
 )
 
-// A table has room for slots keys of one part of all keys, and takes 24 bytes for
-// each: 12 MB.
-const slots = 1 << 19
-
-// fullAt is where a table counts as full: a part of the keys that has more of them
-// is divided.
-const fullAt = slots / 4 * 3
+// tableBits is how large a table is: 1<<tableBits keys of 24 bytes, 12 MB.
+const tableBits = 19
 
 // table says of each key how its chunk was before and how it is now: size and CRC
 // of its entry, 0 for none.
 type table struct {
 	key, old, new []uint64
-	n             int
+	n, most       int // keys that are there, and may be
+	bits          uint
 	manifest      [2]uint64 // the same for the table of archives, whose key is 0: before, now
 	multiplier    uint64    // odd and secret: whoever chooses the keys cannot make them collide
 }
 
-func newTable() *table {
-	return &table{key: make([]uint64, slots), old: make([]uint64, slots), new: make([]uint64, slots), multiplier: rand.Uint64() | 1}
+func newTable(bits uint) *table {
+	n := 1 << bits
+	return &table{key: make([]uint64, n), old: make([]uint64, n), new: make([]uint64, n), bits: bits, most: n / 4 * 3, multiplier: rand.Uint64() | 1}
 }
 
 func (t *table) reset() {
@@ -47,9 +44,9 @@ func (t *table) alive(key uint64) bool {
 
 // slot is where key lies, or where it may be put. No key is 0.
 func (t *table) slot(key uint64) int {
-	i := int(key * t.multiplier >> (64 - 19))
+	i := int(key * t.multiplier >> (64 - t.bits))
 	for t.key[i] != 0 && t.key[i] != key {
-		i = (i + 1) % slots
+		i = (i + 1) & (1<<t.bits - 1)
 	}
 	return i
 }
@@ -60,7 +57,7 @@ func (t *table) set(r record, where side) bool {
 	if r.key != manifestKey {
 		i := t.slot(r.key)
 		if t.key[i] == 0 {
-			if t.n == fullAt {
+			if t.n == t.most {
 				return false
 			}
 			t.key[i] = r.key
@@ -103,10 +100,11 @@ type comparison struct {
 type span struct{ first, last uint64 }
 
 // each replays the segments for one part of the keys after another, in the memory of
-// one table, and calls done with each.
-func each(ctx context.Context, p *pack, segments []segment, done func(span, *table)) error {
-	t := newTable()
-	parts := p.total(segments)/(fullAt/3*2) + 1
+// one table of that many bits, and calls done with each.
+func each(ctx context.Context, p *pack, segments []segment, bits uint, done func(span, *table)) error {
+	t := newTable(bits)
+	// Parts are not quite even; one that does not fit is divided.
+	parts := p.total(segments)/int64(t.most/8*7) + 1
 	step := ^uint64(0)/uint64(parts) + 1 // 0 for a single part
 	var todo []span
 	for i := range uint64(parts) {
@@ -126,7 +124,7 @@ func each(ctx context.Context, p *pack, segments []segment, done func(span, *tab
 		if !fits {
 			// The keys of a Borg repository are hashes and lie evenly.
 			if s.last-s.first < 1<<40 {
-				return fmt.Errorf("the keys of the chunks are not what borg makes: more than %d begin alike", fullAt)
+				return fmt.Errorf("the keys of the chunks are not what borg makes: more than %d begin alike", t.most)
 			}
 			middle := s.first + (s.last-s.first)/2
 			todo = append([]span{{s.first, middle}, {middle + 1, s.last}}, todo[1:]...)

@@ -37,8 +37,11 @@ type Config struct {
 	Used bool
 	// Pusher is who pushes, for generation.toml.
 	Pusher string
-	Now    func() time.Time // nil means time.Now
-	Log    *slog.Logger     // nil discards
+	// Judge says whether a generation is suspect; nil: none is. Whoever owns home
+	// owns a local folder, so that the pusher sets none.
+	Judge generations.Judge
+	Now   func() time.Time // nil means time.Now
+	Log   *slog.Logger     // nil discards
 }
 
 // Directory implements target.Target.
@@ -89,7 +92,7 @@ func (d *Directory) open() (*generations.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	opt := generations.Options{Now: d.config.Now, Log: d.config.Log}
+	opt := generations.Options{Judge: d.config.Judge, Now: d.config.Now, Log: d.config.Log}
 	// A disk that was prepared for an appliance belongs to the appliance's user,
 	// and so must everything on it.
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 && st.Uid != 0 {
