@@ -169,6 +169,8 @@ func (b *cutBench) run(ctx context.Context) error {
 		return fmt.Errorf("after it was closed in order: %w", err)
 	}
 	f := b.seen.Figures()
+	b.Set("flushes that reached the disk", b.disk.Figures().Flushes)
+	b.Set("requests that the disk refused", b.disk.Figures().Refused)
 	b.Set("generations that stayed", f.Generations)
 	b.Set("MiB read to compare", int(f.Bytes>>20))
 	b.Set("committed bytes lost", 0)

@@ -2,6 +2,7 @@ package torture_test
 
 import (
 	"bytes"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -19,6 +20,7 @@ const (
 	seedVariable  = "FARKEEP_TORTURE_SEED"
 	killsVariable = "FARKEEP_TORTURE_KILLS"
 	cutsVariable  = "FARKEEP_TORTURE_CUTS"
+	logVariable   = "FARKEEP_TORTURE_LOG" // a file that everything is appended to that the appliance says
 )
 
 // number reads a variable; 0 if it is not set.
@@ -71,8 +73,23 @@ func build(t *testing.T, dir, tags string, names ...string) {
 
 // tail keeps the end of what the appliance says.
 type tail struct {
-	mu sync.Mutex
-	b  bytes.Buffer
+	mu   sync.Mutex
+	b    bytes.Buffer
+	file *os.File // the rest as well; may be nil
+}
+
+func newTail(t *testing.T) *tail {
+	t.Helper()
+	name := os.Getenv(logVariable)
+	if name == "" {
+		return &tail{}
+	}
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return &tail{file: f}
 }
 
 func (w *tail) Write(p []byte) (int, error) {
@@ -81,6 +98,12 @@ func (w *tail) Write(p []byte) (int, error) {
 	const most = 1 << 20
 	if w.b.Len() > most {
 		w.b.Next(w.b.Len() - most/2)
+	}
+	if w.file != nil {
+		fmt.Fprintf(w.file, "%s ", time.Now().Format("15:04:05.000"))
+		if _, err := w.file.Write(p); err != nil {
+			return 0, err
+		}
 	}
 	return w.b.Write(p)
 }
@@ -104,7 +127,7 @@ func TestKills(t *testing.T) {
 	if n := number(t, killsVariable); n > 0 {
 		plan = torture.KillPlan{Kills: int(n), Faults: int(n) / 25}
 	}
-	log := &tail{}
+	log := newTail(t)
 	figures, err := torture.Kill(t.Context(), torture.Options{Seed: seed(t), Dir: dir, Bin: dir, Out: t.Output(), Log: log}, plan)
 	t.Logf("figures:\n%s", figures)
 	if err != nil {

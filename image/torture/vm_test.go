@@ -40,7 +40,7 @@ func TestPowerCuts(t *testing.T) {
 			t.Fatalf("%s: %v", untilVariable, err)
 		}
 	}
-	log := &tail{}
+	log := newTail(t)
 	figures, err := torture.Cut(t.Context(), torture.Options{
 		Seed: seed(t), Dir: open(t), Bin: stagetest.Programs(t), Out: t.Output(), Log: log, Stage: slog.New(slog.NewTextHandler(log, nil)),
 	}, plan)
