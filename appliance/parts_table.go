@@ -37,7 +37,7 @@ func parts() []partEntry {
 		},
 		{
 			name: part.Keeper, required: true, run: keeper.Run, profile: keeperProfile,
-			brief: func(*settings.Appliance) any { return keeper.Brief{} },
+			brief: func(s *settings.Appliance) any { return keeper.Brief{History: s.History} },
 		},
 		{
 			name: part.Unlock, child: true, run: unlock.Run, profile: unlockProfile,
@@ -173,6 +173,7 @@ func receiverBrief(s *settings.Appliance) any {
 		HostKey:   s.Identity.HostKey,
 		Interface: s.VPN.Interface,
 		Port:      s.Receiver.Port,
+		Window:    s.Disk.Window,
 	}
 	for _, k := range s.Receiver.Keys {
 		b.Keys = append(b.Keys, receiver.Key{

@@ -73,7 +73,7 @@ func (r clockRecord) observe(at reading, accept bool) (clockRecord, string) {
 		excess = 0
 	case delta < -MaxBack:
 		return r, fmt.Sprintf("the clock shows %s, and this disk has seen %s already", stamp(at.now), stamp(r.Latest))
-	case excess > MaxForward:
+	case delta-ran > MaxForward, excess > MaxForward:
 		return r, fmt.Sprintf("the clock shows %s, more than %d hours later than the %s that this disk has seen can explain", stamp(at.now), MaxForward/time.Hour, stamp(r.Latest))
 	}
 	if !accept && r.Latest.After(next.Latest) {

@@ -31,7 +31,8 @@ func TestClock(t *testing.T) {
 		"off for 30 h":                  {at: reading{now: noon.Add(30 * time.Hour), boot: "b"}, passed: 24 * time.Hour},
 		"off for 47 h":                  {at: reading{now: noon.Add(47 * time.Hour), boot: "b"}, passed: 24 * time.Hour},
 		"another card, thrown 30 years": {at: reading{now: noon.AddDate(30, 0, 0), boot: "b"}, doubt: true},
-		"off for 3 days, and 49 h more": {at: reading{now: noon.Add(97 * time.Hour), boot: "b"}, doubt: true},
+		"off for 49 h":                  {at: reading{now: noon.Add(49 * time.Hour), boot: "b"}, doubt: true},
+		"off for 47 h, then up for 3":   {at: reading{now: noon.Add(50 * time.Hour), boot: "b", uptime: 3 * time.Hour}, passed: 27 * time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
 			test.at.believed = true

@@ -64,8 +64,8 @@ type Options struct {
 	Believed func() bool
 	Uptime   func() time.Duration
 	Boot     string
-	// Readers is how many sessions read generations.
-	Readers func() int
+	// Readers names the keys with which somebody reads generations.
+	Readers func() []string
 	// Event takes what must be told to the operator once. It must not call back.
 	Event func(status.Event)
 	Log   *slog.Logger
@@ -190,13 +190,14 @@ func New(ctx context.Context, disk Disk, opt Options) (*Curator, error) {
 		}
 	}
 	c.state.FrozenSince = c.expiry.FrozenSince
+	// A disk that takes no more writes can still be read.
 	if err := c.Observe(true); err != nil {
-		return nil, err
+		opt.Log.Error("the disk's records", "err", err)
 	}
 	if uncounted {
 		// Today's may have gone already.
 		if err := c.count(everything); err != nil {
-			return nil, err
+			opt.Log.Error("the disk's records", "err", err)
 		}
 	}
 	return c, nil
@@ -265,6 +266,9 @@ func (c *Curator) Believed() bool {
 func (c *Curator) State() State {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err := c.observe(false); err != nil {
+		c.opt.Log.Warn("clock", "err", err)
+	}
 	s := c.state
 	s.Frozen = slices.Clone(s.Frozen)
 	now := c.opt.Now()
@@ -281,8 +285,8 @@ func (c *Curator) retirement(name string, now time.Time) status.Retiring {
 	after := time.Duration(r.After) * time.Second
 	// Whichever is later: so much time by the clock, and so much that passed.
 	due := r.Asked.Add(after)
-	if passed := now.Add(after - time.Duration(c.clock.Passed-r.Passed)*time.Second).Truncate(time.Second); passed.After(due) {
-		due = passed
+	if passed := now.Add(after - time.Duration(c.clock.Passed-r.Passed)*time.Second); passed.Sub(due) >= time.Minute {
+		due = passed.UTC().Truncate(time.Minute)
 	}
 	return status.Retiring{Repository: name, By: r.By, Asked: r.Asked, Due: due}
 }
@@ -421,6 +425,15 @@ func (c *Curator) count(repository string) error {
 		}
 	}
 	c.expiry.Gone[repository] = append(c.expiry.Gone[repository], c.clock.Passed)
+	return c.disk.WriteRecord("expiry", c.expiry)
+}
+
+// uncount takes the last one back.
+func (c *Curator) uncount(repository string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	gone := c.expiry.Gone[repository]
+	c.expiry.Gone[repository] = gone[:max(0, len(gone)-1)]
 	return c.disk.WriteRecord("expiry", c.expiry)
 }
 

@@ -25,6 +25,7 @@ import (
 type shelf struct {
 	records map[string]string
 	lists   map[string][]generations.Generation
+	held    string // a generation in use
 	free    int64
 	// after is called for everything that is written; an error is a power cut.
 	after  func(what string) error
@@ -72,6 +73,9 @@ func (s *shelf) Decide(_ context.Context, repository, name string, d generations
 func (s *shelf) Remove(ctx context.Context, repository, name string) error {
 	if current, err := s.Current(ctx, repository); err == nil && current.Name == name {
 		return errors.New("that is the current one")
+	}
+	if name == s.held {
+		return fmt.Errorf("%w: by a push", generations.ErrHeld)
 	}
 	list := s.lists[repository]
 	i := slices.IndexFunc(list, func(g generations.Generation) bool { return g.Name == name })
@@ -121,7 +125,7 @@ type world struct {
 	booted  time.Time
 	boots   int
 	unset   bool
-	readers int
+	readers []string
 	events  []status.Event
 	*Curator
 }
@@ -149,7 +153,7 @@ func (w *world) open() {
 	c, err := New(w.Context(), w.shelf, Options{
 		History: w.history, Now: func() time.Time { return w.true.Add(w.off) }, Believed: func() bool { return !w.unset },
 		Uptime: func() time.Duration { return w.true.Sub(w.booted) + time.Second }, Boot: fmt.Sprint(w.boots),
-		Readers: func() int { return w.readers }, Event: func(e status.Event) { w.events = append(w.events, e) }, Log: slog.New(slog.DiscardHandler),
+		Readers: func() []string { return w.readers }, Event: func(e status.Event) { w.events = append(w.events, e) }, Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		w.Fatal(err)
@@ -265,7 +269,7 @@ func TestFreezes(t *testing.T) {
 				}
 			},
 		},
-		"somebody reads": {func(w *world) { w.readers = 1 }, "1 sessions read", func(w *world) { w.readers = 0 }},
+		"somebody reads": {func(w *world) { w.readers = []string{"boss"} }, "key boss reads", func(w *world) { w.readers = nil }},
 		"a generation is suspect": {
 			func(w *world) { w.commit("photos", 10, generations.Suspect) }, "photos: generation 000011-",
 			func(w *world) {
@@ -375,6 +379,25 @@ func TestFloorOutlivesTheCard(t *testing.T) {
 	if err := w.LowerFloor(0, 0, "boss"); err == nil {
 		t.Error("a floor of nothing was taken")
 	}
+}
+
+func TestWhatIsInUseStaysAndHoldsUpNothingElse(t *testing.T) {
+	w := newWorld(t)
+	w.history.ExpirePerDay = 0
+	w.open()
+	w.run(12)
+	w.history.ExpirePerDay = 3
+	w.open()
+	w.shelf.held = w.shelf.lists["photos"][0].Name
+	w.mustPass()
+	w.wantFrozen("000001-")
+	w.mustPass()
+	w.want(1, 5, 6, 7, 8, 9, 10, 11, 12)
+	w.shelf.held = ""
+	w.true = w.true.Add(25 * time.Hour)
+	w.mustPass()
+	w.want(7, 8, 9, 10, 11, 12)
+	w.wantFrozen("")
 }
 
 func TestPerDayIsCountedOnTheDisk(t *testing.T) {
@@ -496,13 +519,13 @@ func TestRetireWaits(t *testing.T) {
 	if _, err := w.Retire("photos", "boss"); err != nil {
 		t.Fatal(err)
 	}
-	w.readers = 1
+	w.readers = []string{"boss"}
 	w.true = w.true.Add(15 * 24 * time.Hour)
 	w.mustPass()
 	if len(w.numbers("photos")) == 0 {
 		t.Fatal("retired under a reader")
 	}
-	w.readers, w.off = 0, 72*time.Hour
+	w.readers, w.off = nil, 72*time.Hour
 	w.mustPass()
 	if len(w.numbers("photos")) == 0 {
 		t.Fatal("retired by a thrown clock")

@@ -96,8 +96,8 @@ func (c *Curator) stopped() []string {
 		why = append(why, "the floor that this disk remembers cannot be read")
 	}
 	c.mu.Unlock()
-	if n := c.opt.Readers(); n > 0 {
-		why = append(why, fmt.Sprintf("%d sessions read generations", n))
+	for _, name := range c.opt.Readers() {
+		why = append(why, "a session with the key "+name+" reads generations")
 	}
 	return why
 }
@@ -105,6 +105,7 @@ func (c *Curator) stopped() []string {
 // expire lets go what is due of one repository, and says what forbids it for this
 // repository alone.
 func (c *Curator) expire(ctx context.Context, repository string) (frozen []string, err error) {
+	held := map[string]bool{}
 	for {
 		list, err := c.disk.List(ctx, repository)
 		if err != nil {
@@ -120,6 +121,11 @@ func (c *Curator) expire(ctx context.Context, repository string) (frozen []strin
 		if err != nil {
 			return nil, err
 		}
+		for i := range items {
+			if held[items[i].Name] {
+				items[i].Kept = "in use"
+			}
+		}
 		c.mu.Lock()
 		rules := c.rules(repository)
 		rules.PerDay -= c.spent(repository)
@@ -127,9 +133,15 @@ func (c *Curator) expire(ctx context.Context, repository string) (frozen []strin
 		plan := retention.Plan(c.opt.Now(), rules, items)
 		next := slices.IndexFunc(plan, func(d retention.Decision) bool { return !d.Keep })
 		if next < 0 {
-			return nil, nil
+			return frozen, nil
 		}
-		if err := c.remove(ctx, repository, plan[next].Name, plan[next].Why); err != nil {
+		err = c.remove(ctx, repository, plan[next].Name, plan[next].Why)
+		if errors.Is(err, generations.ErrHeld) {
+			held[plan[next].Name] = true
+			frozen = append(frozen, repository+": generation "+plan[next].Name+" should go, and is in use")
+			continue
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -153,6 +165,9 @@ func (c *Curator) remove(ctx context.Context, repository, name, why string) erro
 		return err
 	}
 	if err := c.disk.Remove(ctx, repository, name); err != nil {
+		if errors.Is(err, generations.ErrHeld) { // it did not go
+			err = errors.Join(err, c.uncount(repository))
+		}
 		return err
 	}
 	c.opt.Log.Info("a generation expired", "repository", repository, "generation", name, "why", why)
@@ -251,7 +266,11 @@ func (c *Curator) thin(ctx context.Context) error {
 		if oldest == nil {
 			return nil
 		}
-		if err := c.remove(ctx, oldest.repository, oldest.name, "no room"); err != nil {
+		err = c.remove(ctx, oldest.repository, oldest.name, "no room")
+		if errors.Is(err, generations.ErrHeld) {
+			return nil // the next pass
+		}
+		if err != nil {
 			return err
 		}
 		c.event(status.Event{

@@ -3,8 +3,11 @@
 //
 // It answers the receiver, which says whose key a peer proved to have (package
 // keepercall), and the disk part, which says when the disk is there. It has no
-// network, and no verb that deletes or alters a generation: a receiver that was
-// taken over can name any key, and then do what that key may do, no more.
+// network, and no verb that deletes or alters a generation: what goes, and when,
+// is package curator's, by rules and records that no peer can change. The admin
+// key's verbs decide about what is suspect and may ask a repository to leave,
+// which is mailed, takes days and can be cancelled. A receiver that was taken
+// over can name any key, and then do what that key may do, no more.
 //
 // What it promises beyond package generations: one push of a repository at a
 // time, freed when its peer stalls; bounds on how much runs at once; a disk
@@ -21,12 +24,15 @@ import (
 	"sync"
 	"time"
 
+	"farkeep/appliance/curator"
 	"farkeep/appliance/keepercall"
 	"farkeep/appliance/localcall"
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
+	"farkeep/appliance/suspect"
 	"farkeep/shared/generations"
 	"farkeep/shared/hint"
+	"farkeep/shared/settings"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,7 +40,8 @@ import (
 // Limits.
 const (
 	// MaxRunning bounds the verbs at work at once; MaxVerifying those that read
-	// whole generations, which a disk does worse for every further one.
+	// whole generations, which a disk does worse for every further one: of keys
+	// that push, and of all others, whom a pusher cannot hold up.
 	MaxRunning   = 16
 	MaxVerifying = 1
 	// StallTimeout, TakeoverAfter and IdleTimeout are the defaults of Brief.
@@ -43,6 +50,9 @@ const (
 	IdleTimeout   = 10 * time.Minute
 	// ReleaseTimeout is how long verbs at work may take to let go of the disk.
 	ReleaseTimeout = 12 * time.Second
+	// HeartbeatInterval is how long the same heartbeat of a host is only answered,
+	// not written down again.
+	HeartbeatInterval = time.Minute
 )
 
 const tick = time.Second
@@ -59,6 +69,8 @@ type Brief struct {
 	Takeover time.Duration
 	// Idle frees a push between verbs. What was uploaded is kept.
 	Idle time.Duration
+	// History says what stays on the disk. Its zero value lets nothing go.
+	History settings.History
 }
 
 func (b *Brief) setDefaults() {
@@ -73,23 +85,35 @@ type Keeper struct {
 	brief Brief
 	known *memory
 
-	verifying  chan struct{}
+	verifying  map[bool]chan struct{} // by whether the key pushes
 	background sync.WaitGroup
+	boot       string // names this start of the machine
+	uptime     func() time.Duration
+	scrubs     scrubState
 
 	mu      sync.Mutex // guards the fields below
 	store   *generations.Store
 	closing bool
-	running map[*run]struct{}
+	running map[*running]struct{}
 	none    chan struct{} // closed when running became empty; nil while nobody waits
 	pushes  map[string]*push
 	dirty   bool
+	copies  copies
+	curator *curator.Curator // of store
+	passing bool             // a pass of the curator is under way
+	again   bool             // another one is wanted after it
+	passed  time.Time        // when the last one began
+	reading map[*call]string // by whom: keys' names
+	commits map[string]time.Time
 }
 
-// run is a verb at work.
-type run struct{ cancel context.CancelCauseFunc }
+// running is a verb at work.
+type running struct{ cancel context.CancelCauseFunc }
 
 // Run serves until ctx ends.
-func Run(ctx context.Context, env *part.Env) error {
+func Run(ctx context.Context, env *part.Env) error { return run(ctx, env, uptime) }
+
+func run(ctx context.Context, env *part.Env, uptime func() time.Duration) error {
 	brief, err := part.Brief[Brief](env)
 	if err != nil {
 		return err
@@ -100,8 +124,9 @@ func Run(ctx context.Context, env *part.Env) error {
 		return err
 	}
 	k := &Keeper{
-		env: env, brief: brief, known: known, running: map[*run]struct{}{}, pushes: map[string]*push{},
-		verifying: make(chan struct{}, MaxVerifying), dirty: true,
+		env: env, brief: brief, known: known, running: map[*running]struct{}{}, pushes: map[string]*push{},
+		verifying: map[bool]chan struct{}{true: make(chan struct{}, MaxVerifying), false: make(chan struct{}, MaxVerifying)},
+		dirty:     true, boot: bootID(env), uptime: uptime, reading: map[*call]string{}, commits: map[string]time.Time{},
 	}
 	serveCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -142,6 +167,7 @@ func (k *Keeper) step() error {
 		k.env.Log.Warn("the disk", "err", err)
 	}
 	k.freeIdle(k.brief.Idle)
+	k.curateHourly()
 	return k.report(false)
 }
 
@@ -169,10 +195,15 @@ func (k *Keeper) attach() error {
 		return hint.Because(fmt.Errorf("attach: %w", err), "this is the disk part's to solve; nothing was written")
 	}
 	store, err := generations.Open(path, generations.Options{
-		Shared: true, Reserve: k.brief.Reserve, Now: k.env.Now, ClockSet: k.clockSet, Log: k.env.Log,
+		Shared: true, Reserve: k.brief.Reserve, Now: k.env.Now, ClockSet: k.believed, Log: k.env.Log,
+		Judge: suspect.New(suspect.Config{Limits: k.brief.History.Suspicion, Now: k.env.Now}, k.env.Log),
 	})
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)
+	}
+	cur, err := k.newCurator(store)
+	if err != nil {
+		return errors.Join(fmt.Errorf("attach: %w", err), store.Close())
 	}
 	k.known.newDisk()
 	k.mu.Lock()
@@ -180,10 +211,14 @@ func (k *Keeper) attach() error {
 		k.mu.Unlock()
 		return store.Close()
 	}
-	k.store, k.closing = store, false
+	k.store, k.curator, k.closing = store, cur, false
 	k.mu.Unlock()
 	k.env.Log.Info("the disk is there", "free", free(store))
-	k.background.Go(k.refresh)
+	k.background.Go(func() {
+		k.refresh()
+		k.curate()
+	})
+	k.background.Go(k.scrub)
 	return k.report(true)
 }
 
@@ -245,7 +280,7 @@ func refuseDark(err error) error {
 // the disk is wanted back.
 func (k *Keeper) enter(ctx context.Context) (_ context.Context, store *generations.Store, leave func(), err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	r := &run{cancel}
+	r := &running{cancel}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
@@ -302,11 +337,14 @@ func (k *Keeper) release() error {
 	}
 	k.freeIdle(0)
 	k.mu.Lock()
-	store := k.store
-	k.store, k.closing = nil, false
+	store, cur := k.store, k.curator
+	k.store, k.curator, k.closing = nil, nil, false
 	k.mu.Unlock()
 	if store == nil {
 		return nil
+	}
+	if err := cur.Observe(true); err != nil {
+		k.env.Log.Warn("the disk", "err", err)
 	}
 	k.env.Log.Info("the disk was let go of")
 	return errors.Join(store.Close(), k.report(true))
@@ -322,6 +360,7 @@ func (k *Keeper) report(changed bool) error {
 		return nil
 	}
 	s := k.known.status()
+	k.tellHistory(&s)
 	s.DiskReady, s.Updated = ready, k.env.Now()
 	return status.Write(k.env.Paths.Status(part.Keeper), s)
 }

@@ -37,6 +37,10 @@ type bench struct {
 	args  keepercall.Args
 	brief keeper.Brief
 	stop  func() // ends the keeper and waits for it
+
+	ahead  time.Duration // the appliance's clock before the machine's
+	booted time.Time
+	boots  int
 }
 
 func start(t *testing.T) *bench { return startWith(t, keeper.Brief{Reserve: 1}) }
@@ -54,6 +58,7 @@ func startWith(t *testing.T, brief keeper.Brief) *bench {
 			t.Fatal(err)
 		}
 	}
+	b.booted = time.Now()
 	b.run()
 	return b
 }
@@ -65,9 +70,11 @@ func (b *bench) run() {
 	if err != nil {
 		b.Fatal(err)
 	}
+	ahead, booted := b.ahead, b.booted
+	env.Now = func() time.Time { return time.Now().Add(ahead) }
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- keeper.Run(ctx, env) }()
+	go func() { done <- keeper.RunWith(ctx, env, func() time.Duration { return time.Since(booted) }) }()
 	stopped := false
 	b.stop = func() {
 		if stopped {

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -27,9 +28,11 @@ import (
 //
 //	repositories.json        map of name to repository
 //	heartbeats/HOST.json     the last heartbeat of each host
+//	history.json             what must be told of history (ledger)
 //
-// Either may be lost with the SD card: repositories are read again from the
-// disk, heartbeats come with the next push.
+// All may be lost with the SD card: repositories and history are read again from
+// the disk, heartbeats come with the next push. The first key that sends a host's
+// heartbeat owns the host's name until then.
 type memory struct {
 	dir string
 	log *slog.Logger
@@ -38,6 +41,16 @@ type memory struct {
 	repositories map[string]repository
 	heartbeats   map[string]beatFile
 	fresh        map[string]bool // confirmed since the disk came: newer than what refresh reads
+	read         bool            // a disk was read since the start: what it has not is nowhere
+	recent       map[string]recentBeat
+	ledger       ledger
+	written      []byte // the ledger's file
+}
+
+// recentBeat is the last heartbeat of a host that was written down.
+type recentBeat struct {
+	at      time.Time // by this process's own count
+	digests string
 }
 
 // repository is what is remembered of one.
@@ -47,7 +60,7 @@ type repository struct {
 	NewestAt    time.Time
 	ConfirmedAt time.Time
 	Generations int
-	Suspect     bool
+	Suspects    []status.SuspectStatus
 	Bytes       int64
 }
 
@@ -67,7 +80,7 @@ const (
 )
 
 func openMemory(dir string, log *slog.Logger) (*memory, error) {
-	m := &memory{dir: dir, log: log, repositories: map[string]repository{}, heartbeats: map[string]beatFile{}, fresh: map[string]bool{}}
+	m := &memory{dir: dir, log: log, repositories: map[string]repository{}, heartbeats: map[string]beatFile{}, fresh: map[string]bool{}, recent: map[string]recentBeat{}}
 	if err := os.Mkdir(filepath.Join(dir, heartbeatsDir), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("keeper's memory: %w", err)
 	}
@@ -76,6 +89,10 @@ func openMemory(dir string, log *slog.Logger) (*memory, error) {
 	if err := readJSON(filepath.Join(dir, "repositories.json"), &m.repositories); err != nil {
 		log.Error("what was known of repositories is lost", "err", err)
 		m.repositories = map[string]repository{}
+	}
+	if err := readJSON(filepath.Join(dir, ledgerFile), &m.ledger); err != nil {
+		log.Error("what was known of history is lost", "err", err)
+		m.ledger = ledger{}
 	}
 	files, err := os.ReadDir(filepath.Join(dir, heartbeatsDir))
 	if err != nil {
@@ -171,7 +188,8 @@ func (m *memory) refresh(ctx context.Context, store *generations.Store) error {
 			m.log.Warn("a repository that was known has no generation on this disk", "repository", name)
 		}
 	}
-	if maps.Equal(m.repositories, next) {
+	m.read = true
+	if reflect.DeepEqual(m.repositories, next) {
 		return nil // spare the SD card
 	}
 	m.repositories = next
@@ -189,10 +207,16 @@ func look(ctx context.Context, store *generations.Store, name string) (repositor
 	if err != nil {
 		return repository{}, err
 	}
-	return repository{
+	r := repository{
 		Newest: newest.Name, Digest: newest.Digest.String(), NewestAt: newest.Committed.UTC(), ConfirmedAt: newest.Committed.UTC(),
-		Generations: len(list), Suspect: newest.Suspect, Bytes: newest.Bytes,
-	}, nil
+		Generations: len(list), Bytes: newest.Bytes,
+	}
+	for _, g := range list {
+		if g.Standing == generations.Suspect && len(r.Suspects) < status.MaxSuspects {
+			r.Suspects = append(r.Suspects, status.SuspectStatus{Generation: g.Name, At: g.Committed.UTC(), Reasons: bounded(g.Reasons)})
+		}
+	}
+	return r, nil
 }
 
 // remembered adds to what the disk says when it was confirmed, and keeps what a
@@ -202,11 +226,11 @@ func (m *memory) remembered(name string, r repository) repository {
 	if !ok {
 		return r
 	}
-	if m.fresh[name] {
-		return old
-	}
-	if old.Newest == r.Newest && old.Digest == r.Digest {
+	switch {
+	case old.Newest == r.Newest && old.Digest == r.Digest:
 		r.ConfirmedAt = old.ConfirmedAt
+	case m.fresh[name]:
+		return old
 	}
 	return r
 }
@@ -225,37 +249,77 @@ func (m *memory) confirm(ctx context.Context, store *generations.Store, name str
 	return m.saveRepositories()
 }
 
-// beat records a heartbeat, if it is true: every repository that it names must
-// have just that content in its newest generation. When the pusher's clock says it was
-// is told to people, never judged by.
-func (m *memory) beat(key string, b pushwire.Heartbeat, now time.Time) error {
+// reread takes over what the disk says of one repository.
+func (m *memory) reread(ctx context.Context, store *generations.Store, name string) error {
+	r, err := look(ctx, store, name)
+	if err != nil {
+		return err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, r := range b.Repositories {
-		if known, ok := m.repositories[r.Name]; !ok || known.Digest != r.Digest {
-			err := fmt.Errorf("heartbeat refused: the newest generation of %s is not what the heartbeat says", r.Name)
-			return hint.Exit(hint.ExitRefused, hint.Because(err, "push %s first: a heartbeat means that everything is here", r.Name))
-		}
-	}
+	m.repositories[name] = m.remembered(name, r)
+	return m.saveRepositories()
+}
+
+// beat records a heartbeat, if it is true: every repository that it names must
+// have just that content in its newest generation. When the pusher's clock says it was
+// is told to people, never judged by. One that says the same as the last of that
+// host, less than HeartbeatInterval ago, is not written down again.
+func (m *memory) beat(key string, b pushwire.Heartbeat, now time.Time) (written bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	old, ok := m.heartbeats[b.Host]
 	if ok && old.Key != key {
 		err := fmt.Errorf("heartbeat refused: those of %s come with another key", b.Host)
-		return hint.Exit(hint.ExitRefused, hint.Because(err, "if the key was replaced, keep its name in the appliance's farkeep.toml"))
+		return false, hint.Exit(hint.ExitRefused, hint.Because(err, "if the key was replaced, keep its name in the appliance's farkeep.toml"))
 	}
 	if !ok && len(m.heartbeats) >= maxHosts {
-		return hint.Exit(hint.ExitRefused, fmt.Errorf("heartbeat refused: %d hosts are known already, which is the most", maxHosts))
+		return false, hint.Exit(hint.ExitRefused, fmt.Errorf("heartbeat refused: %d hosts are known already, which is the most", maxHosts))
+	}
+	for _, r := range b.Repositories {
+		known, found := m.repositories[r.Name]
+		switch {
+		case found && known.Digest == r.Digest:
+			continue
+		case !found && !m.read:
+			err := fmt.Errorf("heartbeat of %s: nothing is known of %s while the disk is dark", b.Host, r.Name)
+			return false, hint.Exit(hint.ExitUnreachable, hint.Because(err, "push it again: the appliance's card is new, and its disk was not read yet"))
+		}
+		has := "there is none"
+		if found {
+			has = fmt.Sprintf("its newest generation %s has %.16s…", known.Newest, known.Digest)
+		}
+		// A host that nobody knows could have any name: then it is the key's.
+		from := b.Host
+		if !ok {
+			from = key
+		}
+		m.claimed(from, fmt.Sprintf("host %s, key %s: repository %s has the content %.16q…, and %s", b.Host, key, r.Name, r.Digest, has), now)
+		if err := m.saveLedger(); err != nil {
+			m.log.Error("what is known of history cannot be written down", "err", err)
+		}
+		err := fmt.Errorf("heartbeat refused: the newest generation of %s is not what the heartbeat says", r.Name)
+		return false, hint.Exit(hint.ExitRefused, hint.Because(err, "push %s first: a heartbeat means that everything is here", r.Name))
+	}
+	digests, err := json.Marshal(b.Repositories)
+	if err != nil {
+		return false, err
+	}
+	if last, ok := m.recent[b.Host]; ok && last.digests == string(digests) && time.Since(last.at) < HeartbeatInterval {
+		return false, nil
 	}
 	file := beatFile{Host: b.Host, Key: key, At: b.At.UTC(), ReceivedAt: now.UTC()}
 	if err := writeJSON(filepath.Join(m.dir, heartbeatsDir, b.Host+".json"), file); err != nil {
-		return err
+		return false, err
 	}
 	m.heartbeats[b.Host] = file
+	m.recent[b.Host] = recentBeat{at: time.Now(), digests: string(digests)}
 	for _, r := range b.Repositories {
 		known := m.repositories[r.Name]
 		known.ConfirmedAt = now.UTC()
 		m.repositories[r.Name] = known
 	}
-	return m.saveRepositories()
+	return true, m.saveRepositories()
 }
 
 // status is the memory as the status file shows it.
@@ -267,7 +331,7 @@ func (m *memory) status() status.Keeper {
 		r := m.repositories[name]
 		s.Repositories = append(s.Repositories, status.RepositoryStatus{
 			Name: name, Newest: r.Newest, NewestAt: r.NewestAt, ConfirmedAt: r.ConfirmedAt, ChangedAt: r.NewestAt,
-			Generations: r.Generations, Suspect: r.Suspect, Bytes: r.Bytes,
+			Generations: r.Generations, Suspect: len(r.Suspects) > 0, Suspects: r.Suspects, Bytes: r.Bytes,
 		})
 	}
 	for _, host := range slices.Sorted(maps.Keys(m.heartbeats)) {

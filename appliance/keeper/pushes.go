@@ -179,6 +179,9 @@ func offer(ctx context.Context, c *call) error {
 		return err
 	}
 	defer leave()
+	if err := c.stays(c.args.Repository); err != nil {
+		return err
+	}
 	ctx, p, err := c.claim(ctx, c.args.Repository)
 	if err != nil {
 		return err
@@ -195,7 +198,7 @@ func offer(ctx context.Context, c *call) error {
 	}
 	answer, tx, err := store.Begin(ctx, generations.Request{Repository: c.args.Repository, Offer: o, Pusher: c.args.Key, Quota: c.args.Quota})
 	if err != nil {
-		return err
+		return c.whoHolds(ctx, store, err)
 	}
 	if tx != nil {
 		c.mu.Lock()
@@ -207,12 +210,17 @@ func offer(ctx context.Context, c *call) error {
 		}
 		return c.answer(answer.OfferAnswer, keepercall.ThenEnd)
 	}
+	if !answer.Heal {
+		if err := c.tooSoon(ctx, store, c.args.Repository); err != nil {
+			return err
+		}
+	}
 	if answer.Answer == pushwire.AnswerSendManifest {
 		if err := c.answer(answer.OfferAnswer, keepercall.ThenLine); err != nil {
 			return err
 		}
 		if answer, err = tx.TakeManifest(ctx, r); err != nil {
-			return err
+			return c.whoHolds(ctx, store, err)
 		}
 	}
 	if err := c.answer(answer.OfferAnswer, keepercall.ThenRaw); err != nil {
@@ -253,6 +261,9 @@ func upload(ctx context.Context, c *call) error {
 }
 
 func commit(ctx context.Context, c *call) error {
+	if isCopy(c.args.Push) {
+		return commitCopy(ctx, c)
+	}
 	if err := c.pushKey(); err != nil {
 		return err
 	}
@@ -271,6 +282,9 @@ func commit(ctx context.Context, c *call) error {
 	}
 	ctx = used
 	defer c.done(p, false)
+	if err := c.stays(p.repository); err != nil {
+		return err
+	}
 	// A commit of many files sends nothing for minutes, and is not silent.
 	working := p.working(c.brief.Takeover / 4)
 	defer working()
@@ -281,6 +295,12 @@ func commit(ctx context.Context, c *call) error {
 	if err := c.confirmed(ctx, store, p.repository); err != nil {
 		return err
 	}
+	c.tellRot(store)
+	if p.tx.Heals() {
+		c.log.Info("rotten files came again", "repository", p.repository, "generation", name, "healed", p.tx.Healed())
+		return c.answer(pushwire.CommitAnswer{Generation: name}, keepercall.ThenEnd)
+	}
+	c.committed(p.repository)
 	g, err := store.Generation(ctx, p.repository, name)
 	if err != nil {
 		return err
@@ -312,6 +332,9 @@ func (p *push) working(pace time.Duration) (stop func()) {
 }
 
 func abort(ctx context.Context, c *call) error {
+	if isCopy(c.args.Push) {
+		return abortCopy(ctx, c)
+	}
 	if err := c.pushKey(); err != nil {
 		return err
 	}

@@ -31,8 +31,11 @@ func TestReleaseIsCompletedLater(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	busy := &run{cancel: func(error) {}}
-	k := &Keeper{env: env, known: known, store: store, closing: true, pushes: map[string]*push{}, running: map[*run]struct{}{busy: {}}}
+	busy := &running{cancel: func(error) {}}
+	k := &Keeper{env: env, uptime: uptime, known: known, store: store, closing: true, pushes: map[string]*push{}, running: map[*running]struct{}{busy: {}}}
+	if k.curator, err = k.newCurator(store); err != nil {
+		t.Fatal(err)
+	}
 	if err := k.step(); err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,15 @@ var verbs = map[string]func(context.Context, *call) error{
 	keepercall.Heartbeat:   heartbeat,
 	keepercall.Generations: list,
 	keepercall.Verify:      verify,
+	keepercall.SFTP:        sftp,
+	keepercall.Words:       words,
+	keepercall.Reading:     reading,
+	keepercall.Accept:      decide(generations.Accepted),
+	keepercall.Reject:      decide(generations.Rejected),
+	keepercall.Retire:      retire,
+	keepercall.Keep:        keep,
+	keepercall.AcceptClock: acceptClock,
+	keepercall.Floor:       floor,
 }
 
 // call is one verb of a peer.
@@ -143,8 +152,16 @@ func list(ctx context.Context, c *call) error {
 		if err != nil {
 			return err
 		}
+		plan, err := c.curatorNow().Explain(ctx, repository)
+		if err != nil {
+			return err
+		}
 		for _, g := range all {
-			if err := c.answer(wireGeneration(g), keepercall.ThenLine); err != nil {
+			w := wireGeneration(g)
+			if d, ok := plan[g.Name]; ok {
+				w.Keep, w.Why, w.Goes = d.Keep, d.Why, d.Goes.UTC()
+			}
+			if err := c.answer(w, keepercall.ThenLine); err != nil {
 				return err
 			}
 		}
@@ -153,7 +170,8 @@ func list(ctx context.Context, c *call) error {
 }
 
 func wireGeneration(g generations.Generation) pushwire.Generation {
-	w := pushwire.Generation{Repository: g.Repository, Name: g.Name, Committed: g.Committed, Entries: g.Entries, Bytes: g.Bytes, Suspect: g.Suspect}
+	w := pushwire.Generation{Repository: g.Repository, Name: g.Name, Committed: g.Committed, Entries: g.Entries, Bytes: g.Bytes, NewBytes: g.NewBytes, Suspect: g.Suspect}
+	w.Standing, w.Reasons = string(g.Standing), bounded(g.Reasons)
 	if g.Format != 0 {
 		w.Digest = g.Digest.String()
 	}
@@ -176,8 +194,8 @@ func verify(ctx context.Context, c *call) error {
 	}
 	defer leave()
 	select {
-	case c.verifying <- struct{}{}:
-		defer func() { <-c.verifying }()
+	case c.verifying[c.args.Role == "push"] <- struct{}{}:
+		defer func() { <-c.verifying[c.args.Role == "push"] }()
 	case <-time.After(settle):
 		return hint.Exit(hint.ExitUnreachable, hint.Because(errors.New("another generation is being verified"), "wait for it: two at once are slower than one after the other"))
 	}
@@ -197,6 +215,7 @@ func verify(ctx context.Context, c *call) error {
 			cancel(fmt.Errorf("the peer is gone: %w", err))
 		}
 	})
+	c.tellRot(store)
 	if err != nil {
 		return err
 	}
@@ -230,8 +249,12 @@ func heartbeat(ctx context.Context, c *call) error {
 			return err
 		}
 	}
-	if err := c.known.beat(c.args.Key, beat, c.env.Now()); err != nil {
+	written, err := c.known.beat(c.args.Key, beat, c.env.Now())
+	if err != nil {
 		return err
+	}
+	if !written {
+		return c.answer(struct{}{}, keepercall.ThenEnd)
 	}
 	// The disk's copy is for whoever finds the disk; the state partition's is the
 	// one that counts.

@@ -15,11 +15,25 @@ const (
 	Release     = "release"     // close everything on it, take no more work
 	Offer       = "offer"       // Args.Repository; raw: offer line, manifest
 	Upload      = "upload"      // Args.Push; raw: recipe stream
-	Commit      = "commit"      // Args.Push
-	Abort       = "abort"       // Args.Push
+	Commit      = "commit"      // Args.Push, or the repository of a staging copy
+	Abort       = "abort"       // the same
 	Heartbeat   = "heartbeat"   // Args.Host; raw: heartbeat line
 	Generations = "generations" // Args.Repository, or "" for all that the caller may see
 	Verify      = "verify"      // Args.Repository, Args.Generation
+	SFTP        = "sftp"        // out: Session; then SFTP, raw, both ways, until either side ends it
+	Words       = "words"       // Args.Session; what the session has to say in words, lines until it ends
+
+	// Reading keeps everything where it is until the caller hangs up. For keys
+	// that restore, and admins.
+	Reading = "reading"
+
+	// What follows is for admins.
+	Accept      = "accept"       // Args.Repository, Args.Generation, Args.Why
+	Reject      = "reject"       // the same
+	Retire      = "retire"       // Args.Repository
+	Keep        = "keep"         // Args.Repository
+	AcceptClock = "accept-clock" // nothing
+	Floor       = "floor"        // Args.Number generations, Args.Age
 )
 
 // Args come with every verb of the receiver.
@@ -32,6 +46,10 @@ type Args struct {
 	Generation   string   `json:",omitempty"`
 	Push         string   `json:",omitempty"`
 	Host         string   `json:",omitempty"`
+	Session      string   `json:",omitempty"` // of SFTP
+	Why          string   `json:",omitempty"` // the admin's words
+	Number       int      `json:",omitempty"`
+	Age          string   `json:",omitempty"` // as in settings: "14d"
 }
 
 // What follows an Answer.
@@ -45,4 +63,9 @@ const (
 type Answer struct {
 	Out  json.RawMessage // the line for the peer
 	Then string
+}
+
+// Session answers SFTP before it begins.
+type Session struct {
+	Session string // for Words
 }

@@ -18,6 +18,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -29,6 +30,7 @@ import (
 	"farkeep/appliance/status"
 	"farkeep/shared/hint"
 	"farkeep/shared/secret"
+	"farkeep/shared/settings"
 	"farkeep/shared/sshverb"
 )
 
@@ -55,6 +57,13 @@ type Brief struct {
 	Interface string      // the VPN's; nothing is served on any other
 	Port      int
 	Keys      []Key
+	Window    settings.Window // in which the disk is open by itself
+}
+
+// use is a session that uses the disk.
+type use struct {
+	cancel context.CancelFunc
+	moved  atomic.Int64 // bytes uploaded
 }
 
 type receiver struct {
@@ -64,11 +73,19 @@ type receiver struct {
 
 	// open counts and cancels the sessions that hold files of the disk open.
 	mu       sync.Mutex
-	open     map[*sshverb.Session]context.CancelFunc
+	open     map[*sshverb.Session]*use
 	idle     *sync.Cond // open became empty
 	sessions int
-	address  string // "" while not listening
+	address  string            // "" while not listening
+	awake    map[string]*awake // by the key's name
+	started  time.Time
+
+	pinning sync.Mutex
+	pins    map[string]*pinned // by the key's name
 }
+
+// running is the receiver's own count of time.
+func (r *receiver) running() time.Duration { return time.Since(r.started) }
 
 // Run serves until ctx ends.
 func Run(ctx context.Context, env *part.Env) error {
@@ -83,7 +100,8 @@ func Run(ctx context.Context, env *part.Env) error {
 	if err != nil {
 		return errors.New("the host key cannot be read") // never print the parser's words about a key
 	}
-	r := &receiver{env: env, brief: brief, keys: map[string]Key{}, open: map[*sshverb.Session]context.CancelFunc{}}
+	r := &receiver{env: env, brief: brief, keys: map[string]Key{}, open: map[*sshverb.Session]*use{},
+		awake: map[string]*awake{}, pins: map[string]*pinned{}, started: time.Now()}
 	r.idle = sync.NewCond(&r.mu)
 	for _, k := range brief.Keys {
 		pub, _, _, _, err := ssh.ParseAuthorizedKey([]byte(k.PublicKey))
@@ -210,6 +228,11 @@ func sleep(ctx context.Context, d time.Duration) {
 // hold keeps the disk open for a session, and registers it to be ended when the
 // disk must close. The returned context ends then; the caller must call done.
 func (r *receiver) hold(ctx context.Context, s *sshverb.Session) (_ context.Context, done func(), err error) {
+	k := keyOf(s)
+	if err := r.awakeEnough(k); err != nil {
+		return nil, nil, err
+	}
+	began := time.Now()
 	ctx, cancel := context.WithCancel(ctx)
 	r.mu.Lock()
 	own := 0
@@ -225,11 +248,13 @@ func (r *receiver) hold(ctx context.Context, s *sshverb.Session) (_ context.Cont
 	}
 	// Registered before the disk part is asked: otherwise a disk that grants the
 	// hold and closes at once would not find this session.
-	r.open[s] = cancel
+	u := &use{cancel: cancel}
+	r.open[s] = u
 	r.mu.Unlock()
 	var call *localcall.Conn
 	done = func() {
 		cancel()
+		r.kept(k, time.Since(began), u.moved.Load())
 		if call != nil {
 			call.Close()
 		}
@@ -269,8 +294,8 @@ func (r *receiver) local(ctx context.Context, req localcall.Request, _ *localcal
 		r.env.Log.Info("the disk closes, ending its sessions", "sessions", n)
 	}
 	for len(r.open) > 0 && ctx.Err() == nil {
-		for _, cancel := range r.open {
-			cancel()
+		for _, u := range r.open {
+			u.cancel()
 		}
 		r.idle.Wait()
 	}

@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -66,6 +67,8 @@ type bench struct {
 	dark    bool // the disk part refuses holds
 	held    chan struct{}
 	calls   chan keepercall.Args
+	pinned  atomic.Int32  // calls that keep everything where it is
+	gone    chan struct{} // closed: those calls end
 }
 
 func start(t *testing.T) *bench {
@@ -83,6 +86,7 @@ func startOn(t *testing.T, device string) *bench {
 	b := &bench{
 		paths: part.Paths{Run: filepath.Join(dir, "run"), State: filepath.Join(dir, "state"), Media: filepath.Join(dir, "media")},
 		host:  newIdentity(t), keys: map[string]identity{}, held: make(chan struct{}, 64), calls: make(chan keepercall.Args, 64),
+		gone: make(chan struct{}),
 	}
 	for _, name := range []string{part.Receiver, part.Keeper, part.Disk, part.Network, part.Deadman, part.Mail} {
 		must(t, os.MkdirAll(b.paths.RunDir(name), 0o755))
@@ -97,7 +101,7 @@ func startOn(t *testing.T, device string) *bench {
 	must(t, os.Symlink("/etc", filepath.Join(b.paths.Disk(), "generations", "photos", "000001-20260101T000000Z", "files", "escape")))
 	must(t, status.Write(b.paths.Status(part.Disk), status.Disk{State: status.DiskMounted, Power: true, Unlocked: true, Mounted: true, ExposureMinutes: 7, TotalBytes: 1 << 40, FreeBytes: 1 << 39}))
 	must(t, status.Write(b.paths.Status(part.Keeper), status.Keeper{Repositories: []status.RepositoryStatus{{Name: "photos", Generations: 3}, {Name: "secret", Generations: 1}}}))
-	must(t, status.Write(b.paths.Status(part.Deadman), status.Deadman{Alarms: []status.Alarm{{Kind: "repository-unchanged", Subject: "secret never changes"}, {Kind: "heartbeat", Subject: "home is silent"}}}))
+	must(t, status.Write(b.paths.Status(part.Deadman), status.Deadman{Alarms: []status.Alarm{{Kind: "unchanged", Subject: "secret", Repository: "secret"}, {Kind: "heartbeat", Subject: "home is silent"}}}))
 
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -190,16 +194,42 @@ func (b *bench) keeper(_ context.Context, req localcall.Request, c *localcall.Co
 		}
 		_, err = c.Write(bytes.ToUpper(rest))
 		return err
+	case keepercall.SFTP:
+		return &localcall.Error{Code: hint.ExitRefused, Text: "the keeper was asked"}
 	case keepercall.Upload:
 		n, err := io.Copy(io.Discard, c)
 		if err != nil {
 			return err
 		}
 		return c.Reply(keepercall.Answer{Out: json.RawMessage(fmt.Sprintf(`{"bytes":%d}`, n))})
+	case keepercall.Reading:
+		if err := c.Reply(nil); err != nil {
+			return err
+		}
+		b.pinned.Add(1)
+		defer b.pinned.Add(-1)
+		select {
+		case <-b.gone:
+			return errors.New("the keeper crashes")
+		case <-hungUp(c):
+		}
+		return nil
+	case keepercall.Generations:
+		line := `{"repository":"photos","name":"000001-20260101T000000Z","committed":"2026-01-01T00:00:00Z","bytes":2048,"digest":"","standing":"suspect","reasons":["everything is gone"],"keep":true,"why":"suspect"}`
+		return c.Reply(keepercall.Answer{Out: json.RawMessage(line)})
 	case keepercall.Commit:
 		return hint.Because(hint.Exit(hint.ExitFailure, errors.New("push p1 is not complete")), "upload the rest")
 	}
 	return c.Reply(keepercall.Answer{Out: json.RawMessage(`{}`)})
+}
+
+func hungUp(c *localcall.Conn) <-chan struct{} {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		io.Copy(io.Discard, c)
+	}()
+	return ended
 }
 
 func (b *bench) dial(t *testing.T, key string) *sshverb.Client {
@@ -239,6 +269,22 @@ func TestRolesAndVerbs(t *testing.T) {
 		{"boss", "commit p1", "", "", hint.ExitRefused, "no verb of that name"},
 		{"boss", "logs", "", "a line\n", 0, ""},
 		{"boss", "logs --all", "", "", hint.ExitUsage, "usage: logs"},
+		{"home", "accept photos 000001-20260101T000000Z", "", "", hint.ExitRefused, "no verb of that name"},
+		{"reader", "reject photos 000001-20260101T000000Z", "", "", hint.ExitRefused, "no verb of that name"},
+		{"home", "retire photos", "", "", hint.ExitRefused, "no verb of that name"},
+		{"reader", "keep photos", "", "", hint.ExitRefused, "no verb of that name"},
+		{"home", "accept-clock", "", "", hint.ExitRefused, "no verb of that name"},
+		{"reader", "floor 1 0s", "", "", hint.ExitRefused, "no verb of that name"},
+		{"home", "reading", "", "", hint.ExitRefused, "no verb of that name"},
+		{"boss", "reading", "", "", hint.ExitRefused, "no verb of that name"},
+		{"boss", "accept photos", "", "", hint.ExitUsage, "usage: accept REPOSITORY GENERATION"},
+		{"boss", "accept photos 000001-20260101T000000Z it was me", "", "{}\n", 0, ""},
+		{"boss", "retire photos", "", "{}\n", 0, ""},
+		{"boss", "keep photos", "", "{}\n", 0, ""},
+		{"boss", "accept-clock", "", "{}\n", 0, ""},
+		{"boss", "floor 7 14d", "", "{}\n", 0, ""},
+		{"boss", "floor few 14d", "", "", hint.ExitUsage, "usage: floor GENERATIONS AGE"},
+		{"home", "generations --text photos", "", "", 0, ""},
 		{"reader", "wake --wait=5", "", "", 0, ""},
 		{"reader", "wake --wait=-1", "", "", hint.ExitUsage, "usage: wake"},
 		{"reader", "wake --wait=99999999999", "", "", hint.ExitUsage, "usage: wake"},
@@ -402,7 +448,7 @@ func TestOpenSSHSFTP(t *testing.T) {
 		{"chmod", "boss", "chmod 777 " + generation + "/README\n", "Permission denied"},
 		{"mkdir", "boss", "mkdir /photos/x\n", "Permission denied"},
 		{"symlink", "boss", "symlink a " + generation + "/x\n", "Permission denied"},
-		{"push key", "home", "ls /\n", "a push key reads nothing"},
+		{"push key, the keeper serves it", "home", "ls /\n", "the keeper was asked"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -440,7 +486,7 @@ func TestOneKeyCannotTakeAllHolds(t *testing.T) {
 	if hint.Code(err) != hint.ExitRefused || !strings.Contains(err.Error(), "sessions already") {
 		t.Errorf("one hold more: %v", err)
 	}
-	if _, err := b.dial(t, "reader").Run(t.Context(), "generations", nil, 100); err != nil {
+	if _, err := b.dial(t, "reader").Run(t.Context(), "generations", nil, 1000); err != nil {
 		t.Errorf("another key: %v", err)
 	}
 }

@@ -2,7 +2,6 @@ package receiver
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -41,18 +40,19 @@ func (r *receiver) collect(k Key) pushwire.Status {
 			if k.mayUse(repo.Name) {
 				now.Repositories = append(now.Repositories, pushwire.RepositoryStatus{
 					Name: repo.Name, Newest: repo.Newest, NewestAt: repo.NewestAt, ConfirmedAt: repo.ConfirmedAt,
-					Generations: repo.Generations, Suspect: repo.Suspect, Bytes: repo.Bytes,
+					Generations: repo.Generations, Suspect: repo.Suspect, Suspects: suspectsFor(repo.Suspects), Bytes: repo.Bytes,
 				})
 			}
 		}
+		historyFor(k, &now, keeper)
 		for _, beat := range keeper.Heartbeats {
 			now.Heartbeats = append(now.Heartbeats, pushwire.HeartbeatStatus{Host: beat.Host, ReceivedAt: beat.ReceivedAt})
 		}
 	}
 	if deadman := read[status.Deadman](r, r.env.Paths.Status(part.Deadman)); deadman != nil {
 		for _, a := range deadman.Alarms {
-			// Alarms about repositories name them, and a push key must not learn the names of others.
-			if k.Role == RolePush && mentionsForeign(a, now.Repositories) {
+			// A push key must not learn the names of others' repositories.
+			if a.Repository != "" && !k.mayUse(a.Repository) {
 				continue
 			}
 			now.Alarms = append(now.Alarms, pushwire.Alarm{Kind: a.Kind, Subject: a.Subject, Since: a.Since})
@@ -62,15 +62,6 @@ func (r *receiver) collect(k Key) pushwire.Status {
 		now.MailQueued, now.MailError = mail.Queued, mail.LastError
 	}
 	return now
-}
-
-// mentionsForeign says whether an alarm is about a repository that is not among
-// those that the key may see.
-func mentionsForeign(a status.Alarm, own []pushwire.RepositoryStatus) bool {
-	if !strings.HasPrefix(a.Kind, "repository") {
-		return false
-	}
-	return !slices.ContainsFunc(own, func(r pushwire.RepositoryStatus) bool { return strings.Contains(a.Subject, r.Name) })
 }
 
 func read[T any](r *receiver, path string) *T {
@@ -125,6 +116,7 @@ func describe(s pushwire.Status) string {
 	for _, a := range s.Alarms {
 		row("ALARM", "%s (since %s)", a.Subject, when(a.Since))
 	}
+	describeHistory(s, row)
 	mail := fmt.Sprintf("%d waiting", s.MailQueued)
 	if s.MailError != "" {
 		mail += ", last error: " + s.MailError

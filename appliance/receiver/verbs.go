@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -16,6 +15,7 @@ import (
 	"farkeep/appliance/browse"
 	"farkeep/appliance/keepercall"
 	"farkeep/appliance/localcall"
+	"farkeep/appliance/logbook"
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
 	"farkeep/shared/hint"
@@ -31,8 +31,9 @@ const MaxWakeWait = 30 * time.Minute
 // peer window messages.
 const relayBuffer = 128 << 10
 
-// maxLog bounds what "logs" shows, in bytes.
-const maxLog = 1 << 20
+// maxLog bounds what "logs" shows, in bytes: the current file and its
+// predecessors as far as they fit.
+const maxLog = 2 << 20
 
 type verb struct {
 	roles []string
@@ -46,13 +47,23 @@ var verbs = map[string]verb{
 	"sleep":       {[]string{RolePush, RoleAdmin}, "sleep", (*receiver).sleep},
 	"offer":       {[]string{RolePush}, "offer REPOSITORY", keeperVerb(keepercall.Offer, 1, 1, true)},
 	"upload":      {[]string{RolePush}, "upload PUSH", keeperVerb(keepercall.Upload, 1, 1, true)},
-	"commit":      {[]string{RolePush}, "commit PUSH", keeperVerb(keepercall.Commit, 1, 1, false)},
-	"abort":       {[]string{RolePush}, "abort PUSH", keeperVerb(keepercall.Abort, 1, 1, false)},
+	"commit":      {[]string{RolePush}, "commit PUSH|REPOSITORY", keeperVerb(keepercall.Commit, 1, 1, false)},
+	"abort":       {[]string{RolePush}, "abort PUSH|REPOSITORY", keeperVerb(keepercall.Abort, 1, 1, false)},
 	"heartbeat":   {[]string{RolePush}, "heartbeat HOST", keeperVerb(keepercall.Heartbeat, 1, 1, true)},
-	"generations": {[]string{RolePush, RoleRestore, RoleAdmin}, "generations [REPOSITORY]", keeperVerb(keepercall.Generations, 0, 1, false)},
+	"generations": {[]string{RolePush, RoleRestore, RoleAdmin}, "generations [--text] [REPOSITORY]", (*receiver).listGenerations},
 	"verify":      {[]string{RolePush, RoleRestore, RoleAdmin}, "verify REPOSITORY GENERATION", keeperVerb(keepercall.Verify, 2, 2, false)},
 	"logs":        {[]string{RoleAdmin}, "logs", (*receiver).logs},
+
+	"accept":       {[]string{RoleAdmin}, "accept REPOSITORY GENERATION [WHY]", keeperVerb(keepercall.Accept, 2, maxWords, false)},
+	"reject":       {[]string{RoleAdmin}, "reject REPOSITORY GENERATION [WHY]", keeperVerb(keepercall.Reject, 2, maxWords, false)},
+	"retire":       {[]string{RoleAdmin}, "retire REPOSITORY", keeperVerb(keepercall.Retire, 1, 1, false)},
+	"keep":         {[]string{RoleAdmin}, "keep REPOSITORY", keeperVerb(keepercall.Keep, 1, 1, false)},
+	"accept-clock": {[]string{RoleAdmin}, "accept-clock", (*receiver).acceptClock},
+	"floor":        {[]string{RoleAdmin}, "floor GENERATIONS AGE", (*receiver).floor},
 }
+
+// maxWords bounds what an admin says about a decision, in words of the verb's line.
+const maxWords = 64
 
 func (r *receiver) exec(ctx context.Context, s *sshverb.Session) error {
 	r.count(+1)
@@ -106,8 +117,10 @@ func keeperVerb(name string, least, most int, input bool) func(*receiver, contex
 			return ""
 		}
 		switch name {
-		case keepercall.Offer, keepercall.Generations, keepercall.Verify:
+		case keepercall.Offer, keepercall.Verify, keepercall.Retire, keepercall.Keep:
 			args.Repository, args.Generation = arg(0), arg(1)
+		case keepercall.Accept, keepercall.Reject:
+			args.Repository, args.Generation, args.Why = arg(0), arg(1), strings.Join(s.Args[2:], " ")
 		case keepercall.Heartbeat:
 			args.Host = arg(0)
 		default:
@@ -118,23 +131,26 @@ func keeperVerb(name string, least, most int, input bool) func(*receiver, contex
 			return err
 		}
 		defer done()
-		return r.relay(ctx, s, name, args, input)
+		return r.relay(ctx, s, name, args, input, s.Stdout)
 	}
 }
 
-func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, args keepercall.Args, input bool) error {
+func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, args keepercall.Args, input bool, out io.Writer) error {
 	call, err := localcall.Open(ctx, r.env.Paths.Socket(part.Keeper), name, args)
 	if err != nil {
 		return forPeer(err)
 	}
 	defer call.Close()
 	if input {
+		r.mu.Lock()
+		u := r.open[s]
+		r.mu.Unlock()
 		// The goroutine ends with the session's channel, which the server closes
 		// when this function returns: a read from a peer cannot be interrupted.
 		// The keeper knows when it waits for the peer and for how long it may: an
 		// offer that it thinks about for minutes is not the peer's stall.
 		go func() {
-			if _, err := io.CopyBuffer(call, s.Patient(), make([]byte, relayBuffer)); err != nil {
+			if _, err := io.CopyBuffer(call, counted{s.Patient(), &u.moved}, make([]byte, relayBuffer)); err != nil {
 				call.Close() // half an upload must not look like a whole one
 				return
 			}
@@ -149,14 +165,14 @@ func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, a
 			return forPeer(err)
 		}
 		if answer.Out != nil {
-			if _, err := s.Stdout.Write(append(answer.Out, '\n')); err != nil {
+			if _, err := out.Write(append(answer.Out, '\n')); err != nil {
 				return err
 			}
 		}
 		switch answer.Then {
 		case keepercall.ThenLine:
 		case keepercall.ThenRaw:
-			_, err := io.Copy(s.Stdout, call)
+			_, err := io.Copy(out, call)
 			return err
 		default:
 			return nil
@@ -164,19 +180,25 @@ func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, a
 	}
 }
 
-// sftp serves the generations to restore and admin keys.
+// sftp serves the generations to restore and admin keys, and to push keys, by the
+// keeper, what they upload with stock clients.
 func (r *receiver) sftp(ctx context.Context, s *sshverb.Session) error {
 	r.count(+1)
 	defer r.count(-1)
 	k := keyOf(s)
-	if k.Role == RolePush {
-		return &sshverb.Error{Code: hint.ExitRefused, Text: "a push key reads nothing", Hint: "use a restore key"}
-	}
 	ctx, done, err := r.hold(ctx, s)
 	if err != nil {
 		return err
 	}
 	defer done()
+	if k.Role == RolePush {
+		return r.relaySFTP(ctx, s, k)
+	}
+	ctx, unpin, err := r.pin(ctx, k)
+	if err != nil {
+		return err
+	}
+	defer unpin()
 	disk, err := browse.Open(r.generations(), k.mayUse)
 	if err != nil {
 		return &sshverb.Error{Code: hint.ExitFailure, Text: "there are no generations yet", Err: err}
@@ -200,7 +222,10 @@ func (k Key) mayUse(repository string) bool {
 	})
 }
 
-func (r *receiver) wake(ctx context.Context, s *sshverb.Session, _ Key) error {
+func (r *receiver) wake(ctx context.Context, s *sshverb.Session, k Key) error {
+	if err := r.mayWake(k); err != nil {
+		return err
+	}
 	wait := time.Duration(0)
 	for _, arg := range s.Args {
 		seconds, ok := strings.CutPrefix(arg, "--wait=")
@@ -249,22 +274,16 @@ func (r *receiver) sleep(ctx context.Context, s *sshverb.Session, _ Key) error {
 	return pushwire.WriteLine(s.Stdout, diskState(disk))
 }
 
-// logs shows the end of the log: the newest maxLog bytes.
+// logs shows the newest lines of the log, those of rotated files too, maxLog
+// bytes at most.
 func (r *receiver) logs(_ context.Context, s *sshverb.Session, _ Key) error {
 	if len(s.Args) != 0 {
 		return errUsage
 	}
-	f, err := os.Open(filepath.Join(r.env.Paths.State, "log", "farkeep.log"))
-	if err != nil {
+	if err := logbook.Read(s.Stdout, filepath.Join(r.env.Paths.State, "log"), maxLog); err != nil {
 		return &sshverb.Error{Code: hint.ExitFailure, Text: "the log cannot be read", Err: err}
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(s.Stdout, io.NewSectionReader(f, max(0, info.Size()-maxLog), maxLog))
-	return err
+	return nil
 }
 
 func (r *receiver) status(_ context.Context, s *sshverb.Session, k Key) error {
