@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"farkeep/shared/beneath"
@@ -55,7 +56,9 @@ func (a *Area) Serve(ctx context.Context, p Peer, rw io.ReadWriteCloser) error {
 		idle = IdleTimeout
 	}
 	s := &Session{area: a, peer: p, ctx: ctx, log: a.log.With("key", p.Key), trees: map[string]*tree{}}
+	var silent atomic.Bool
 	silence := time.AfterFunc(idle, func() {
+		silent.Store(true)
 		s.say("nothing was asked for " + idle.String() + ": the connection ends; the staging copy stays as it is")
 		rw.Close()
 	})
@@ -76,7 +79,7 @@ func (a *Area) Serve(ctx context.Context, p Peer, rw io.ReadWriteCloser) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+	if silent.Load() || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil // with files open or not: the peer is gone
 	}
 	return err
