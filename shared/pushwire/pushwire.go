@@ -5,8 +5,9 @@
 //	offer REPOSITORY   → Offer            ← OfferAnswer (same | send-manifest)
 //	                   → the manifest     ← OfferAnswer (send), then Needed
 //	upload PUSH        → recipe stream    ← UploadAnswer
-//	commit PUSH                           ← CommitAnswer
-//	abort PUSH                            ← {}
+//	commit PUSH|REPOSITORY                ← CommitAnswer
+//	abort PUSH|REPOSITORY                 ← {}
+//	sftp                                  a subsystem: staging copies for stock clients
 //	heartbeat HOST     → Heartbeat        ← {}
 //	generations [--text] [REPOSITORY]     ← one Generation per line, or text
 //	verify REPOSITORY GENERATION          ← VerifyAnswer
@@ -97,6 +98,8 @@ type UploadAnswer struct {
 type CommitAnswer struct {
 	Generation string `json:"generation"`
 	Suspect    bool   `json:"suspect,omitempty"`
+	// Same says that a staging copy was just that generation already.
+	Same bool `json:"same,omitempty"`
 }
 
 // Heartbeat is the pusher's word that the offsite copy is up to date.
