@@ -148,8 +148,8 @@ func changed(p *picture, f *findings) {
 }
 
 // chunks compares what is alive, after it has made sure that there is an index of
-// every segment. broken says whether to add the segments that are none to the
-// findings.
+// every segment. report says whether to add the new files that are no segments to
+// the findings.
 func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture, l limits, f *findings, report bool) error {
 	k, err := openPack(c.Scratch)
 	if err != nil {
@@ -162,7 +162,11 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 		return err
 	}
 	if report && x.broken > 0 {
-		f.add("%s are no segments of borg's (%s): encrypted or overwritten by something else, or the disk at home is failing.", plural(x.broken, "new file"), some(x.names, x.broken))
+		what := "1 new file is no segment"
+		if x.broken > 1 {
+			what = count(x.broken) + " new files are no segments"
+		}
+		f.add("%s of borg's (%s): encrypted or overwritten by something else, or the disk at home is failing.", what, some(x.names, x.broken))
 	}
 	if missing > 0 {
 		j.log.Info("segments have no index yet, their chunks are not compared", "repository", c.Repository, "segments", missing)
@@ -198,8 +202,7 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 		return err
 	}
 	if c.Current != nil {
-		r.judge(l, f)
-		if as.oldest != nil && r.old.chunks > 0 {
+		if sudden := r.judge(l, f); !sudden && as.oldest != nil {
 			slowly(as.oldest, lost, sampled, l, f)
 		}
 	}
@@ -243,12 +246,14 @@ func (r *comparison) take(t *table, fresh *anchor) {
 	}
 }
 
-func (r *comparison) judge(l limits, f *findings) {
+// judge reports whether chunks vanished all at once.
+func (r *comparison) judge(l limits, f *findings) (sudden bool) {
 	if r.oldManifest && !r.newManifest {
 		f.add("The table of archives is gone from the repository: not one archive can be listed any more.")
 	}
 	everything := r.vanished.chunks > 0 && r.vanished.chunks == r.old.chunks
-	if everything || r.vanished.chunks > few && (over(r.vanished.chunks, r.old.chunks, l.vanish) || over(r.vanished.bytes, r.old.bytes, l.vanish)) {
+	sudden = everything || r.vanished.chunks > few && (over(r.vanished.chunks, r.old.chunks, l.vanish) || over(r.vanished.bytes, r.old.bytes, l.vanish))
+	if sudden {
 		f.add("%s of %s chunks (%s) that archives used are gone, %s of %s. A usual prune takes less than %d %%: many archives were deleted, or segments are missing.",
 			count(r.vanished.chunks), count(r.old.chunks), percent(r.vanished.chunks, r.old.chunks), size(r.vanished.bytes), size(r.old.bytes), l.vanish)
 	}
@@ -256,6 +261,7 @@ func (r *comparison) judge(l limits, f *findings) {
 		f.add("%s of %s chunks (%s) have other data under their old names. Only \"borg recreate --recompress\" does that; otherwise somebody puts junk in their place.",
 			count(r.rewritten.chunks), count(r.old.chunks), percent(r.rewritten.chunks, r.old.chunks))
 	}
+	return sudden
 }
 
 // slowly judges what was lost since an anchor.

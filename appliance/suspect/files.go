@@ -73,8 +73,9 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 				return err
 			}
 		}
-		t.judge(l, f)
-		w.judge(l, f)
+		if t.judge(l, f); len(f.reasons) == 0 {
+			w.judge(l, f)
+		}
 	}
 	j.log.Info("compared files", "repository", c.Repository, "files", t.old.files, "gone", t.gone.files, "gone_bytes", t.gone.bytes, "changed", t.changed.files, "changed_bytes", t.changed.bytes)
 	if len(f.reasons) == 0 && fresh != nil {

@@ -345,7 +345,7 @@ func TestBorgRules(t *testing.T) {
 			b[500] ^= 1
 			t["data/0/3"] = b
 			return t.commit(11, archives(2))
-		}, want: []string{"1 segment of 11 that were final have other bytes now (data/0/3)", "1 new file are no segments of borg's (data/0/3: at byte 8: the CRC"}},
+		}, want: []string{"1 segment of 11 that were final have other bytes now (data/0/3)", "1 new file is no segment of borg's (data/0/3: at byte 8: the CRC"}},
 		{name: "every segment encrypted", do: func(t tree) tree {
 			for s := range 11 {
 				b := bytes.Repeat([]byte{byte(s), 0xA7}, len(t[fmt.Sprint("data/0/", s)])/2)
@@ -360,7 +360,7 @@ func TestBorgRules(t *testing.T) {
 		{name: "a new segment is cut", do: func(t tree) tree {
 			t["data/0/11"] = segmentOf(put(1000, 5000))[:3000]
 			return t.commit(12, archives(2))
-		}, want: []string{"1 new file are no segments of borg's (data/0/11: at byte 8"}},
+		}, want: []string{"1 new file is no segment of borg's (data/0/11: at byte 8"}},
 		{name: "a new segment is junk", do: func(t tree) tree {
 			t["data/0/11"] = bytes.Repeat([]byte("junk"), 1000)
 			return t.commit(12, archives(2))

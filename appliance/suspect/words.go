@@ -24,9 +24,9 @@ func (f *findings) verdict(c *generations.Candidate) generations.Verdict {
 	if len(f.reasons) == 0 {
 		return generations.Verdict{}
 	}
-	advice := "If you know why, accept it with the admin key. If not, look at the machine at home first, and change nothing here: nothing was lost from the history."
+	advice := "If you know why, accept it with the admin key. If not, look at the machine at home first, and change nothing here."
 	if c.Current != nil {
-		advice = fmt.Sprintf("If you know why, accept it with the admin key. If not, look at the machine at home first, and change nothing here: %s and all generations before it are whole.", c.Current.Name)
+		advice = fmt.Sprintf("If you know why, accept it with the admin key. If not, look at the machine at home first, and change nothing here: %s and what came before it is as it was.", c.Current.Name)
 	}
 	return generations.Verdict{Suspect: true, Reasons: append(f.reasons, advice)}
 }
