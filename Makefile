@@ -5,9 +5,10 @@ export CGO_ENABLED := 0
 GO       ?= go
 FUZZTIME ?= 30s
 NEEDS    := qemu-system-arm borgbackup rsync openssh-client openssh-server cryptsetup-bin \
-            fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd
+            fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd \
+            rclone restic
 
-.PHONY: help all demo test test-fast lint bench fuzz image needs clean
+.PHONY: help all demo test test-fast lint bench fuzz image simulate needs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +39,11 @@ bench: needs all ## measure against the programs that a user would take instead
 fuzz: ## run every fuzz target for FUZZTIME
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
 	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+simulate: ## live a year with real Borg: the figures of docs/retention.md, and the judge (an hour or two)
+	FARKEEP_SIMULATE=400 $(GO) test -count=1 -timeout 6h -run TestRealBorg ./image/diskuse
+	FARKEEP_FIGURES=write $(GO) test -count=1 -run TestFigures ./image/diskuse
+	FARKEEP_SIMULATE=365 $(GO) test -count=1 -timeout 6h -v -run TestSimulation ./appliance/suspect
 
 image: all ## build the flashable image into out/
 	@mkdir -p out

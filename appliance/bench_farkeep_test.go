@@ -33,6 +33,7 @@ type benchAppliance struct {
 	hostKey string // public
 	pushKey string // public
 	key     string // the pusher's identity, a file
+	restore string // a restore key, a file
 	pusher  string // the program
 	parts   []int  // pids of keeper and receiver
 }
@@ -70,8 +71,9 @@ func freePort(b testing.TB) int {
 }
 
 // startAppliance runs bin's parts below dir, with a disk of that size (in
-// tmpfs(5)'s words).
-func startAppliance(b testing.TB, dir, bin, diskSize string) *benchAppliance {
+// tmpfs(5)'s words). It knows the pusher's key, a restore key, and those that are
+// asked for.
+func startAppliance(b testing.TB, dir, bin, diskSize string, keys ...settings.ReceiverKey) *benchAppliance {
 	b.Helper()
 	a := &benchAppliance{
 		paths: part.Paths{Run: filepath.Join(dir, "run"), State: filepath.Join(dir, "state"), Media: filepath.Join(dir, "media")},
@@ -81,9 +83,15 @@ func startAppliance(b testing.TB, dir, bin, diskSize string) *benchAppliance {
 	private, pushKey := newIdentity(b, "home")
 	a.hostKey, a.pushKey = hostKey, pushKey
 	must(b, os.WriteFile(a.key, []byte(private.Reveal()), 0o600))
+	private, restoreKey := newIdentity(b, "restore")
+	a.restore = filepath.Join(dir, "restore_key")
+	must(b, os.WriteFile(a.restore, []byte(private.Reveal()), 0o600))
 	s := &settings.Appliance{
 		Name: "attic", Identity: settings.Identity{HostKey: host}, VPN: settings.VPN{Interface: "lo"},
-		Receiver: settings.Receiver{Port: a.port, Keys: []settings.ReceiverKey{{Name: "home", Role: "push", PublicKey: pushKey, Repositories: []string{"*"}}}},
+		Receiver: settings.Receiver{Port: a.port, Keys: append([]settings.ReceiverKey{
+			{Name: "home", Role: "push", PublicKey: pushKey, Repositories: []string{"*"}},
+			{Name: "restore", Role: "restore", PublicKey: restoreKey},
+		}, keys...)},
 	}
 	h := part.Header{Host: s.Name, Paths: a.paths}
 	must(b, (&system{header: h}).makeFolders())
