@@ -12,6 +12,7 @@ import (
 	"farkeep/shared/hint"
 	"farkeep/shared/keywire"
 	"farkeep/shared/secret"
+	"farkeep/shared/settings"
 	"farkeep/shared/site"
 	"farkeep/shared/usage"
 )
@@ -198,7 +199,7 @@ func newDiskShowCmd(env *Env) *cobra.Command {
 			if dir == "" && sizeFor == "" {
 				return nil
 			}
-			s := &site.Site{}
+			s := &site.Site{History: settings.DefaultHistory()}
 			if dir != "" {
 				opened, err := siteinit.Open(dir)
 				if err != nil {
@@ -221,13 +222,13 @@ func newDiskShowCmd(env *Env) *cobra.Command {
 
 func wantedSize(s *site.Site, sizeFor string) (luksdisk.Wanted, error) {
 	if sizeFor == "" {
-		return luksdisk.Measure(s), nil
+		return luksdisk.Measure(s)
 	}
 	n, err := luksdisk.ParseSize(sizeFor)
 	if err != nil {
 		return luksdisk.Wanted{}, usage.Errorf("--size-for: %w", err)
 	}
-	return luksdisk.Wanted{Repositories: n, Disk: luksdisk.For(n)}, nil
+	return luksdisk.For(s, n)
 }
 
 // readKeyFile reads a key as cryptsetup --key-file does: byte by byte.

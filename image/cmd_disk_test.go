@@ -52,7 +52,7 @@ func TestDiskPrepareAndAdopt(t *testing.T) {
 	if !settings.IsLUKSUUID(uuid) {
 		t.Errorf("stdout is %q: the UUID and nothing else", stdout)
 	}
-	for _, want := range []string{"unknown data", "67.1 MB", "want a disk of 2.2 TB", "adiantum", "recovery key", "personalise"} {
+	for _, want := range []string{"unknown data", "67.1 MB", "The repositories hold 1 TB now", "they want a disk of", "adiantum", "recovery key", "personalise"} {
 		if !strings.Contains(stderr, want) {
 			t.Errorf("no %q in\n%s", want, stderr)
 		}

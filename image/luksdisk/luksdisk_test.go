@@ -14,12 +14,15 @@ import (
 	"strings"
 	"testing"
 
+	"farkeep/image/diskuse"
 	"farkeep/image/luksfile"
 	"farkeep/image/siteinit"
 	"farkeep/shared/hint"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
 	"farkeep/shared/site"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 func tool(t testing.TB, pkg, name string, args ...string) string {
@@ -409,19 +412,50 @@ func TestProbe(t *testing.T) {
 func TestMeasure(t *testing.T) {
 	dir := t.TempDir()
 	if err := errors.Join(os.Mkdir(filepath.Join(dir, "a"), 0o755), os.WriteFile(filepath.Join(dir, "a", "1"), make([]byte, 1000), 0o600),
-		os.Link(filepath.Join(dir, "a", "1"), filepath.Join(dir, "a", "2")), os.WriteFile(filepath.Join(dir, "a", "3"), make([]byte, 500), 0o600)); err != nil {
+		os.Link(filepath.Join(dir, "a", "1"), filepath.Join(dir, "a", "2")), os.WriteFile(filepath.Join(dir, "a", "3"), make([]byte, 500), 0o600),
+		os.MkdirAll(filepath.Join(dir, "more", "mail"), 0o755), os.WriteFile(filepath.Join(dir, "more", "mail", "1"), make([]byte, 1000), 0o600),
+		os.MkdirAll(filepath.Join(dir, "more", "lost+found"), 0o755), os.WriteFile(filepath.Join(dir, "more", "lost+found", "1"), make([]byte, 9000), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	w := Measure(&site.Site{Repositories: []site.Repository{{Name: "photos", Path: filepath.Join(dir, "a")}, {Name: "away", Path: filepath.Join(dir, "gone")}}})
-	if w.Repositories != 1500 || w.Disk != 3300 || fmt.Sprint(w.Unseen) != "[away]" {
-		t.Errorf("%+v", w)
+	s := &site.Site{
+		History: settings.DefaultHistory(),
+		Repositories: []site.Repository{
+			{Name: "photos", Path: filepath.Join(dir, "a")}, {Name: "away", Path: filepath.Join(dir, "gone")},
+		},
+		Folders: []site.Folder{{Path: filepath.Join(dir, "more"), Prefix: "x-", Exclude: []string{"lost+found"}}, {Path: filepath.Join(dir, "none")}},
+	}
+	// What x-mail keeps is every night there ever was.
+	s.History.Repositories = []settings.RepositoryHistory{{Name: "x-*", Daily: new(-1)}}
+	factor := func(repository string) float64 {
+		e, err := diskuse.For(s.History.For(repository))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e.Factor()
+	}
+	standard, all := factor("photos"), factor("x-mail")
+	if standard < 1.5 || standard > 3 || all <= standard {
+		t.Errorf("the default history wants %.2f times the repository, every night's %.2f", standard, all)
+	}
+	w, err := Measure(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Wanted{Repositories: 2500, Disk: int64(1500*standard) + int64(1000*all), Unseen: []string{"away", filepath.Join(dir, "none")}, UnseenFactor: standard}
+	if d := cmp.Diff(want, w); d != "" {
+		t.Errorf("-want +got:\n%s", d)
 	}
 	var out bytes.Buffer
 	w.Advise(&out, 2000)
-	for _, want := range []string{"1.5 kB", "3.3 kB", "2.2 times", "less history", "away", "--size-for"} {
+	for _, want := range []string{"2.5 kB", Size(w.Disk), fmt.Sprintf("%.1f times", float64(w.Disk)/2500), "fill up sooner", "away", fmt.Sprintf("%.1f times their size", standard), "--size-for"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in %s", want, out.String())
 		}
+	}
+	// Given a size, the rules of one repository are nobody's.
+	given, err := For(s, 1e12)
+	if err != nil || given.Disk != int64(1e12*standard) {
+		t.Errorf("%+v, %v", given, err)
 	}
 }
 
