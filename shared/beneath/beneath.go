@@ -280,15 +280,32 @@ func (d *Dir) Remove(name string) error {
 	return d.fail("remove", name, unix.Unlinkat(d.fd, name, 0))
 }
 
+// RemoveDir removes an empty folder.
+func (d *Dir) RemoveDir(name string) error {
+	if err := one(name); err != nil {
+		return d.fail("remove", name, err)
+	}
+	return d.fail("remove", name, unix.Unlinkat(d.fd, name, unix.AT_REMOVEDIR))
+}
+
 // RemoveAll removes a name and, if it is a folder, what is below. Nothing there
 // is no error.
-func (d *Dir) RemoveAll(name string) error { return d.removeAll(name, 0) }
+func (d *Dir) RemoveAll(name string) error { return d.removeAll(name, 0, nil) }
+
+// RemoveSlowly is RemoveAll for what is large: before each file and folder it
+// calls step, whose error ends it and is returned as it is.
+func (d *Dir) RemoveSlowly(name string, step func() error) error { return d.removeAll(name, 0, step) }
 
 // maxDepth bounds the descent of RemoveAll and with it the open folders: no tree
 // that Farkeep makes is deeper.
 const maxDepth = 200
 
-func (d *Dir) removeAll(name string, depth int) error {
+func (d *Dir) removeAll(name string, depth int, step func() error) error {
+	if step != nil {
+		if err := step(); err != nil {
+			return err
+		}
+	}
 	err := d.Remove(name)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -304,17 +321,17 @@ func (d *Dir) removeAll(name string, depth int) error {
 		return err
 	}
 	defer sub.Close()
-	if err := sub.clear(depth + 1); err != nil {
+	if err := sub.clear(depth+1, step); err != nil {
 		return err
 	}
-	return d.fail("remove", name, unix.Unlinkat(d.fd, name, unix.AT_REMOVEDIR))
+	return d.RemoveDir(name)
 }
 
 // Clear removes everything in the folder.
-func (d *Dir) Clear() error { return d.clear(0) }
+func (d *Dir) Clear() error { return d.clear(0, nil) }
 
-func (d *Dir) clear(depth int) error {
-	return d.Each(func(e fs.DirEntry) error { return d.removeAll(e.Name(), depth) })
+func (d *Dir) clear(depth int, step func() error) error {
+	return d.Each(func(e fs.DirEntry) error { return d.removeAll(e.Name(), depth, step) })
 }
 
 // Each calls f for each name in the folder, in no order, with bounded memory. f may

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"strconv"
-	"strings"
 
 	"farkeep/shared/beneath"
 	"farkeep/shared/hint"
@@ -50,6 +48,9 @@ func (t *Transaction) commit(ctx context.Context) (*Generation, error) {
 		return nil, fmt.Errorf("%w: %d files are missing", ErrIncomplete, n)
 	}
 	t.state = used
+	if t.healing != nil {
+		return t.commitHeal(ctx)
+	}
 	home, err := t.store.makeDir(t.store.generations, t.req.Repository, folderPerm)
 	if err != nil {
 		return nil, err
@@ -100,6 +101,10 @@ func (t *Transaction) commit(ctx context.Context) (*Generation, error) {
 		return nil, err
 	}
 	t.store.remember(*g)
+	if err := t.healFrom(ctx); err != nil {
+		// The new generation has the bytes: they heal the others another time.
+		t.store.opt.Log.Error("rotten files of earlier generations are not healed yet", "repository", t.req.Repository, "err", err)
+	}
 	// Best effort: what stays is removed by the next push.
 	if err := t.discard(); err != nil {
 		t.store.opt.Log.Warn("incoming folder cannot be emptied", "repository", t.req.Repository, "err", err)
@@ -122,28 +127,11 @@ func (t *Transaction) describe(sequence int64, a *assembly, v Verdict) *Generati
 // nextSequence takes a number that was never used, also not by a generation that
 // is gone, and makes sure that it never is again.
 func (t *Transaction) nextSequence(ctx context.Context, home *beneath.Dir) (int64, error) {
-	list, err := t.store.List(ctx, t.req.Repository)
+	last, err := t.store.lastSequence(ctx, home, t.req.Repository)
 	if err != nil {
 		return 0, err
 	}
-	var last int64
-	if len(list) > 0 {
-		last = list[len(list)-1].Sequence
-	}
-	text, err := home.ReadFile(sequenceFile, 32)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return 0, err
-	default:
-		n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-		if err != nil || n < 0 || n > 1<<53 {
-			return 0, fmt.Errorf("%w: %s/%s holds %q, not a number", ErrDamaged, home.Path(), sequenceFile, text)
-		}
-		last = max(last, n)
-	}
-	next := last + 1
-	return next, t.store.writeFile(home, sequenceFile, fmt.Appendf(nil, "%d\n", next), 0o644)
+	return last + 1, t.store.writeSequence(home, last+1)
 }
 
 // Committed returns the generation that the push of that id made, however long
@@ -180,6 +168,8 @@ type assembly struct {
 
 	files, newFiles, newBytes int64
 	distrust                  map[manifest.Sum]bool
+	taken                     *objectList     // marks the objects that the generation has, see firstUse
+	spilled                   map[string]bool // copies that spill made
 }
 
 type level struct {
@@ -327,12 +317,19 @@ func (a *assembly) share(top *level, name string, e *manifest.Entry) error {
 		return a.doubt(e, "it is missing, or not a file of the right size")
 	}
 	perm := filePerm(e.Mode)
-	if st.Mode&0o7777 != perm || st.Nlink >= maxLinks {
-		return a.copy(old, top.dir, name, name, perm, e)
+	if st.Mode&0o7777 != perm {
+		return a.spill(top, name, old, name, perm, e)
 	}
-	err = top.dir.Link(old, name, name)
+	err = unix.EMLINK
+	if st.Nlink < maxLinks {
+		err = top.dir.Link(old, name, name)
+	}
 	if errors.Is(err, unix.EMLINK) {
-		return a.copy(old, top.dir, name, name, perm, e)
+		// No plan has asked how many names each inode has.
+		if err := a.t.more(a.ctx, e.Size, a.spilled[spillName(e, perm)]); err != nil {
+			return err
+		}
+		return a.spill(top, name, old, name, perm, e)
 	}
 	if errors.Is(err, unix.EPERM) {
 		err = hint.Because(err, "the disk's files belong to another user, and this system protects hard links (fs.protected_hardlinks): as root, give the folder generations to the user that owns the disk's top folder, with chown -R")
@@ -363,21 +360,34 @@ func (a *assembly) take(top *level, name string, e *manifest.Entry) error {
 	}
 	perm := filePerm(e.Mode)
 	a.newFiles++
-	if st.Nlink > 1 {
-		// The same content under a second name of this generation.
-		if st.Mode&0o7777 != perm || st.Nlink >= maxLinks {
-			return a.copy(a.objects, top.dir, object, name, perm, e)
+	first, err := a.firstUse(e.Sum)
+	if err != nil {
+		return err
+	}
+	// One link is the object, one may be a staging copy; more are generations, and
+	// what they have is not paid for again.
+	if st.Nlink == 1 || first && st.Nlink == 2 {
+		a.newBytes += e.Size
+	}
+	// What has a second name is not touched: the name may be a generation's, if the
+	// object is left from an adoption that was cut. Adopter has set the mode already.
+	if st.Nlink == 1 {
+		if err := f.Chmod(fs.FileMode(perm)); err != nil {
+			return err
+		}
+		if err := setTime(f, e); err != nil {
+			return err
 		}
 		return top.dir.Link(a.objects, object, name)
 	}
-	a.newBytes += e.Size
-	if err := f.Chmod(fs.FileMode(perm)); err != nil {
-		return err
+	// The same content under a second name of this generation, or known from another.
+	if st.Mode&0o7777 == perm && st.Nlink < maxLinks {
+		err := top.dir.Link(a.objects, object, name)
+		if !errors.Is(err, unix.EMLINK) {
+			return err
+		}
 	}
-	if err := setTime(f, e); err != nil {
-		return err
-	}
-	return top.dir.Link(a.objects, object, name)
+	return a.spill(top, name, a.objects, object, perm, e)
 }
 
 func setTime(f *os.File, e *manifest.Entry) error {
@@ -388,15 +398,29 @@ func setTime(f *os.File, e *manifest.Entry) error {
 	return nil
 }
 
-// copy makes a file of its own where a link cannot be: too many links already, or
-// another mode. It hashes what it copies.
-func (a *assembly) copy(from, to *beneath.Dir, old, name string, perm uint32, e *manifest.Entry) error {
+// spillName is the name in objects/ of a copy that spill made.
+func spillName(e *manifest.Entry, perm uint32) string { return fmt.Sprintf("%v.%o", e.Sum, perm) }
+
+// spill gives the new generation a file by copying from/old, where a link cannot
+// be: too many links already, or another mode. Further files that need the same
+// copy share it. It hashes what it copies.
+func (a *assembly) spill(top *level, name string, from *beneath.Dir, old string, perm uint32, e *manifest.Entry) error {
+	copied := spillName(e, perm)
+	if a.spilled[copied] {
+		err := top.dir.Link(a.objects, copied, name)
+		if !errors.Is(err, unix.EMLINK) {
+			return err
+		}
+	}
+	if a.spilled == nil {
+		a.spilled = map[string]bool{}
+	}
 	src, _, err := from.Open(old)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	dst, err := a.t.store.create(to, name, perm)
+	dst, err := a.t.store.create(a.objects, copied, perm)
 	if err != nil {
 		return err
 	}
@@ -409,5 +433,9 @@ func (a *assembly) copy(from, to *beneath.Dir, old, name string, perm uint32, e 
 		return a.doubt(e, "its content does not have its hash")
 	}
 	a.newBytes += e.Size
-	return setTime(dst, e)
+	a.spilled[copied] = true
+	if err := setTime(dst, e); err != nil {
+		return err
+	}
+	return top.dir.Link(a.objects, copied, name)
 }

@@ -25,6 +25,8 @@ import (
 const (
 	crashFolder = "FARKEEP_TEST_CRASH_FOLDER"
 	crashOnce   = "FARKEEP_TEST_CRASH_ONCE"
+	// healFolder tells it to heal what is rotten there.
+	healFolder = "FARKEEP_TEST_HEAL_FOLDER"
 )
 
 func TestMain(m *testing.M) {
@@ -35,6 +37,13 @@ func TestMain(m *testing.M) {
 		}
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
+	}
+	if dir := os.Getenv(healFolder); dir != "" {
+		if err := healOnce(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
 }

@@ -74,6 +74,7 @@ const (
 	IncomingFolder    = "incoming"
 	HeartbeatFolder   = ".heartbeat"
 	PrivateFolder     = ".farkeep"
+	StagingFolder     = "staging" // of stock clients, made by others; safe to lose
 	ReadmeFile        = "README.txt"
 )
 
@@ -121,14 +122,26 @@ var (
 
 // SpaceError refuses a push that would not fit, before it starts.
 type SpaceError struct {
-	What    string // "bytes", "inodes"
-	Needs   int64  // for this push, those under way included
-	Has     int64  // free, the reserve not counted
-	Reserve int64
+	Repository string
+	What       string // "bytes", "inodes"
+	Needs      int64  // for this push, those under way included
+	Has        int64  // free, the reserve not counted
+	Reserve    int64
+	// Own and Most are the generations that hold most, five at most: of this
+	// repository, and of all. A pusher may not learn the names of the others, so
+	// Error tells of Own alone.
+	Own, Most []Holding
 }
 
 func (e *SpaceError) Error() string {
-	return fmt.Sprintf("the disk has no room for this push: it needs %d %s, %d are free beside the reserve of %d", e.Needs, e.What, e.Has, e.Reserve)
+	text := fmt.Sprintf("the disk has no room for this push: it needs %d %s, %d are free beside the reserve of %d", e.Needs, e.What, e.Has, e.Reserve)
+	for i, h := range e.Own {
+		if i == 0 {
+			text += "; of " + e.Repository
+		}
+		text += fmt.Sprintf(", %s holds %d bytes", h.Generation, h.Bytes)
+	}
+	return text
 }
 
 // QuotaError refuses a push over its key's quota.

@@ -28,6 +28,13 @@ func (t *Transaction) plan(ctx context.Context) (Answer, error) {
 	if err := t.readDistrust(); err != nil {
 		return Answer{}, err
 	}
+	rotten, err := t.store.openRot(t.req.Repository)
+	if err != nil {
+		return Answer{}, err
+	}
+	for sum := range rotten {
+		t.distrusted[sum] = true
+	}
 	// A generation whose own list is damaged is no base. The one before is, and
 	// costs more upload, but the push goes through.
 	for _, g := range slices.Backward(list) {
@@ -46,14 +53,16 @@ func (t *Transaction) plan(ctx context.Context) (Answer, error) {
 }
 
 func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, error) {
+	t.leaveBase()
 	t.base = base
 	var old *manifest.Reader
 	if base.Name != "" {
-		dir, err := t.store.generations.Dir(t.req.Repository + "/" + base.Name)
+		// It stays until the push is over, even if that takes weeks.
+		dir, release, err := t.store.hold(t.req.Repository, base.Name)
 		if err != nil {
 			return Answer{}, fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
-		defer dir.Close()
+		t.release = release
 		files, err := dir.Dir(FilesFolder)
 		if err != nil {
 			return Answer{}, fmt.Errorf("%w: %w", ErrDamaged, err)
@@ -102,7 +111,9 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 			return ctx.Err()
 		}
 		e := &c.New
-		cost.entry(e)
+		if t.healing == nil {
+			cost.entry(e)
+		}
 		switch {
 		case e.Kind == manifest.Folder:
 		case c.Relation == manifest.Unchanged && !t.distrusted[e.Sum]:
@@ -149,6 +160,9 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 	if err := t.adopt(ctx, objects, finished, &answer); err != nil {
 		return Answer{}, err
 	}
+	if t.healing != nil {
+		newBytes = 0 // they take the place of bytes that are counted already
+	}
 	if err := t.admit(ctx, &cost, newBytes+cost.overhead); err != nil {
 		return Answer{}, err
 	}
@@ -162,7 +176,9 @@ func (t *Transaction) planOn(ctx context.Context, base Generation) (Answer, erro
 		return Answer{}, err
 	}
 	answer.Need, answer.Needed = t.missing.Len(), t.missing
-	if base.Name != "" {
+	if base.Name != "" && len(t.distrusted) == 0 {
+		// Without it nothing is copied from the base: a copy of what is rotten would
+		// only be refused.
 		answer.BaseDigest = base.Digest.String()
 	}
 	t.state = planned
@@ -194,7 +210,7 @@ func (c *cost) entry(e *manifest.Entry) {
 
 // admit checks quota and room, and takes note of what the push may write.
 func (t *Transaction) admit(ctx context.Context, c *cost, newBytes int64) error {
-	if t.req.Quota > 0 {
+	if t.req.Quota > 0 && t.healing == nil {
 		used, err := t.store.stored(ctx, t.req.Pusher, t.req.Repository)
 		if err != nil {
 			return err
@@ -202,6 +218,7 @@ func (t *Transaction) admit(ctx context.Context, c *cost, newBytes int64) error 
 		if used+newBytes > t.req.Quota {
 			return &QuotaError{Key: t.req.Pusher, Quota: t.req.Quota, Used: used, Needs: newBytes}
 		}
+		t.used = used + newBytes
 	}
 	free, reserve, _, err := t.store.Space()
 	if err != nil {
@@ -211,6 +228,36 @@ func (t *Transaction) admit(ctx context.Context, c *cost, newBytes int64) error 
 	if err != nil {
 		return err
 	}
+	if over := t.promise(c, &space, free, reserve); over != nil {
+		t.noRoom(ctx, over)
+		return over
+	}
+	return nil
+}
+
+// more admits a copy of n bytes that the plan did not know of, unless it was made.
+func (t *Transaction) more(ctx context.Context, n int64, made bool) error {
+	if made {
+		return nil
+	}
+	if t.req.Quota > 0 && t.used+n > t.req.Quota {
+		return &QuotaError{Key: t.req.Pusher, Quota: t.req.Quota, Used: t.used, Needs: n}
+	}
+	t.used += n
+	free, reserve, _, err := t.store.Space()
+	if err != nil {
+		return err
+	}
+	if n > free {
+		over := &SpaceError{What: "bytes", Needs: n, Has: free, Reserve: reserve}
+		t.noRoom(ctx, over)
+		return over
+	}
+	return nil
+}
+
+// promise takes note of what the push may write, if there is room.
+func (t *Transaction) promise(c *cost, space *beneath.Space, free, reserve int64) *SpaceError {
 	t.store.mu.Lock()
 	defer t.store.mu.Unlock()
 	var others int64

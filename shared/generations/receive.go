@@ -93,7 +93,8 @@ type workshop struct {
 
 	// The file that is being built.
 	sum     manifest.Sum
-	name    string // in building/ and objects/: the sum
+	name    string // in building/: the sum, or for a twin another one
+	twin    bool   // a file of the same content is in the batch
 	size    int64  // announced
 	f       *os.File
 	written int64     // length
@@ -113,10 +114,13 @@ type workshop struct {
 }
 
 type batched struct {
-	name  string
+	name  string // in building/ and objects/: the sum
 	index int64
 	size  int64
+	twin  bool // the file is that of one before it in the batch
 }
+
+const twinSuffix = ".twin"
 
 func (t *Transaction) openWorkshop(ctx context.Context) (*workshop, error) {
 	w := &workshop{t: t, ctx: ctx, buf: make([]byte, 256<<10)}
@@ -166,11 +170,11 @@ func (w *workshop) file(d *recipe.Decoder, list *manifest.Reader, index int64) e
 		}
 	}
 	w.sum, w.name, w.size = e.Sum, e.Sum.String(), e.Size
-	if slices.ContainsFunc(w.batch.files, func(b batched) bool { return b.name == w.name }) {
-		// The same content twice: the first must be filed before its name is reused.
-		if err := w.flush(); err != nil {
-			return err
-		}
+	// The same content twice: the second is checked, and is no further file. Some
+	// trees have thousands of empty ones; a sync for each would take hours.
+	w.twin = slices.ContainsFunc(w.batch.files, func(b batched) bool { return b.name == w.name })
+	if w.twin {
+		w.name += twinSuffix
 	}
 	w.written, w.pushed, w.settled, w.noted = 0, 0, 0, w.t.store.opt.Now()
 	err := recipe.Build(d, e, w, w.buf)
@@ -243,7 +247,7 @@ func (w *workshop) push() error {
 		w.settled = w.pushed
 	}
 	w.pushed = end
-	if err == nil && w.t.store.opt.Now().Sub(w.noted) >= batchTime {
+	if err == nil && !w.twin && w.t.store.opt.Now().Sub(w.noted) >= batchTime {
 		err = w.note()
 	}
 	return err
@@ -271,7 +275,7 @@ func syncRange(fd int, offset, n int64, flags int) error {
 
 // Kept implements recipe.Workshop.
 func (w *workshop) Kept(n int64) (io.Reader, error) {
-	if n > w.t.partials[w.sum] {
+	if w.twin || n > w.t.partials[w.sum] {
 		return nil, errors.New("so much was not offered")
 	}
 	f, _, err := w.building.OpenWrite(w.name, 0, 0)
@@ -319,10 +323,15 @@ func (w *workshop) finish(index int64) error {
 		return err
 	}
 	delete(w.t.partials, w.sum)
+	if w.twin {
+		if err := w.building.Remove(w.name); err != nil {
+			return err
+		}
+	}
 	if len(w.batch.files) == 0 {
 		w.batch.since = w.t.store.opt.Now()
 	}
-	w.batch.files = append(w.batch.files, batched{w.name, index, w.size})
+	w.batch.files = append(w.batch.files, batched{w.sum.String(), index, w.size, w.twin})
 	w.batch.bytes += w.size
 	w.got.Files++
 	w.got.Bytes += w.size
@@ -343,7 +352,7 @@ func (w *workshop) cut(cause error) error {
 		w.f.Close()
 		w.f = nil
 	}()
-	keep := w.written >= MinResume && !errors.Is(cause, recipe.ErrSum) && !errors.Is(cause, unix.ENOSPC) && !errors.Is(cause, unix.EDQUOT)
+	keep := !w.twin && w.written >= MinResume && !errors.Is(cause, recipe.ErrSum) && !errors.Is(cause, unix.ENOSPC) && !errors.Is(cause, unix.EDQUOT)
 	if keep && w.note() == nil {
 		return nil
 	}
@@ -367,8 +376,10 @@ func (w *workshop) flush() error {
 		return err
 	}
 	for _, b := range batch {
-		if err := w.building.Rename(b.name, w.objects, b.name); err != nil {
-			return err
+		if !b.twin {
+			if err := w.building.Rename(b.name, w.objects, b.name); err != nil {
+				return err
+			}
 		}
 		w.t.missing.Remove(b.index)
 		w.t.wrote(b.size)

@@ -89,24 +89,29 @@ expected for a copy. The repository's own passphrase or key is needed, and is no
 this disk.
 
 Nothing in generations/ should ever be changed. incoming/ holds uploads that were
-not finished; it may be deleted.
+not finished, staging/ those of stock clients, and .farkeep/going/ generations that
+were expired: these may be deleted.
 `
 
 // Store is a folder of generations. Its methods are safe for concurrent use.
 type Store struct {
 	root, generations, incoming *beneath.Dir
-	private                     *beneath.Dir // .farkeep
+	private, going              *beneath.Dir // .farkeep, and going/ in it
 	opt                         Options
 
 	mu       sync.Mutex // guards the fields below
 	known    map[string]map[string]Generation
 	promised map[*Transaction]int64 // bytes that pushes under way may still write
 
-	// gate is held for a moment to begin the use of a generation, and to rename
-	// one away; it guards held, which counts the users of each.
+	// gate is held for a moment to begin the use of a generation or of a folder in
+	// incoming/, and to rename one away; it guards held, which counts the users of
+	// each generation.
 	gate sync.Mutex
 	held map[string]int
 
+	emptying chan struct{} // holds one token while something in going/ is emptied
+
+	rot       rotList
 	records   sync.Mutex // one writer of records at a time
 	deciding  sync.Mutex // guards standings; taken before records
 	standings map[string]map[string]Standing
@@ -124,7 +129,7 @@ func Open(path string, opt Options) (*Store, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}, held: map[string]int{}}
+	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}, held: map[string]int{}, emptying: make(chan struct{}, 1)}
 	if err := s.open(path); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open store of generations: %w", err)
@@ -165,6 +170,9 @@ func (s *Store) open(path string) (err error) {
 	if s.private, err = s.makeDir(s.root, PrivateFolder, privatePerm); err != nil {
 		return err
 	}
+	if s.going, err = s.makeDir(s.private, goingFolder, privatePerm); err != nil {
+		return err
+	}
 	beats, err := s.makeDir(s.root, HeartbeatFolder, sharedPerm)
 	if err != nil {
 		return err
@@ -178,7 +186,7 @@ func (s *Store) open(path string) (err error) {
 
 // Close closes the store. Transactions must have been closed before.
 func (s *Store) Close() error {
-	return errors.Join(s.private.Close(), s.incoming.Close(), s.generations.Close(), s.root.Close())
+	return errors.Join(s.going.Close(), s.private.Close(), s.incoming.Close(), s.generations.Close(), s.root.Close())
 }
 
 // Space says what the disk has left, the reserve not counted.
@@ -312,6 +320,16 @@ func readGeneration(dir *beneath.Dir, repository, name string) (Generation, erro
 		return bare, err
 	}
 	defer folder.Close()
+	return readIn(folder, repository, name)
+}
+
+// readIn reads the generation.toml in a generation's folder, wherever that is.
+func readIn(folder *beneath.Dir, repository, name string) (Generation, error) {
+	sequence, committed, err := ParseName(name)
+	bare := Generation{Name: name, Repository: repository, Sequence: sequence, Committed: committed}
+	if err != nil {
+		return bare, err
+	}
 	text, err := folder.ReadFile(TOMLFile, maxTOML)
 	if err != nil {
 		return bare, err
@@ -359,42 +377,6 @@ func (s *Store) Generation(ctx context.Context, repository, name string) (Genera
 		}
 	}
 	return Generation{}, fmt.Errorf("%s has no generation %.64q", repository, name)
-}
-
-// stored is how much of a key's quota is used: the bytes of its generations that
-// are not shared with the generation before, their lists and folders, and what its pushes under way may
-// add, but for the one of repository except.
-func (s *Store) stored(ctx context.Context, pusher, except string) (bytes int64, err error) {
-	repositories, err := s.Repositories()
-	if err != nil {
-		return 0, err
-	}
-	for _, r := range repositories {
-		list, err := s.List(ctx, r)
-		if err != nil {
-			return 0, err
-		}
-		for _, g := range list {
-			if g.Pusher == pusher {
-				bytes += g.NewBytes + g.Overhead
-			}
-		}
-	}
-	err = s.incoming.Each(func(e fs.DirEntry) error {
-		if e.Name() == except || pushwire.CheckRepository(e.Name()) != nil {
-			return nil
-		}
-		dir, err := s.incoming.Dir(e.Name())
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		if p, err := readPush(dir); err == nil && p.Pusher == pusher {
-			bytes += p.NewBytes
-		}
-		return nil
-	})
-	return bytes, err
 }
 
 // makeDir makes a folder and gives it to the owner, if it was not there.

@@ -122,11 +122,16 @@ type Transaction struct {
 	digest manifest.Sum // what was offered
 
 	base       Generation // Name "" for none
+	release    func()     // of the hold on base; nil for none
 	missing    *manifest.Set
 	partials   map[manifest.Sum]int64 // half-built files that the answer offered to resume
 	durable    map[manifest.Sum]int64 // the content of the file checkpoint
 	distrusted map[manifest.Sum]bool
 	overhead   int64 // bytes of lists and folders
+	used       int64 // of the quota, this push included
+
+	healing *Generation // whose rotten files this push brings; nil for a push that makes a generation
+	healed  int
 }
 
 // A transaction's states, each entered from the one before:
@@ -178,19 +183,20 @@ func (s *Store) begin(ctx context.Context, req Request) (Answer, *Transaction, e
 	if err != nil && !errors.Is(err, ErrNone) {
 		return Answer{}, nil, err
 	}
-	same := err == nil && newest.Digest == digest
+	// What the operator rejected is not confirmed: who offers it again is judged again.
+	same := err == nil && newest.Digest == digest && newest.Standing != Rejected
 	if same && (newest.Entries != req.Offer.Entries || newest.Bytes != req.Offer.Bytes) {
 		return Answer{}, nil, fmt.Errorf("%w: the digest is that of %s, the counts are not", ErrOffer, newest.Name)
 	}
 	if err := s.countRepositories(req.Repository); err != nil {
 		return Answer{}, nil, err
 	}
-	dir, err := s.makeDir(s.incoming, req.Repository, privatePerm)
+	t := &Transaction{store: s, req: req, digest: digest}
+	locked, err := t.lock()
 	if err != nil {
 		return Answer{}, nil, err
 	}
-	t := &Transaction{store: s, req: req, digest: digest, dir: dir}
-	if err := dir.Lock(); err != nil {
+	if err := locked; err != nil {
 		t.Close()
 		if same {
 			return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSame, Generation: newest.Name}}, nil, nil
@@ -201,6 +207,18 @@ func (s *Store) begin(ctx context.Context, req Request) (Answer, *Transaction, e
 		return Answer{}, nil, err
 	}
 	if same {
+		answer, ok, err := t.beginHeal(ctx, &newest)
+		if ctx.Err() != nil {
+			t.Close()
+			return Answer{}, nil, ctx.Err()
+		}
+		if err != nil {
+			// What is rotten stays so for today; that nothing changed is true all the same.
+			s.opt.Log.Error("rotten files cannot be asked for", "repository", req.Repository, "err", err)
+		}
+		if ok {
+			return answer, t, nil
+		}
 		defer t.Close()
 		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSame, Generation: newest.Name}}, nil, t.discard()
 	}
@@ -226,16 +244,22 @@ func (s *Store) countRepositories(name string) error {
 	return err
 }
 
-// resume goes on with the push that lies in incoming/, if it is of this offer.
-func (t *Transaction) resume(ctx context.Context) (Answer, error) {
+// prepare makes the folders that a push needs, and removes what a commit that was
+// cut left.
+func (t *Transaction) prepare() error {
 	for _, name := range []string{objectsFolder, buildingFolder} {
 		sub, err := t.store.makeDir(t.dir, name, privatePerm)
 		if err != nil {
-			return Answer{}, err
+			return err
 		}
 		sub.Close()
 	}
-	if err := t.dir.RemoveAll(stagingFolder); err != nil {
+	return t.dir.RemoveAll(stagingFolder)
+}
+
+// resume goes on with the push that lies in incoming/, if it is of this offer.
+func (t *Transaction) resume(ctx context.Context) (Answer, error) {
+	if err := t.prepare(); err != nil {
 		return Answer{}, err
 	}
 	p, err := readPush(t.dir)
@@ -285,6 +309,10 @@ func (t *Transaction) takeManifest(ctx context.Context, r io.Reader) (Answer, er
 		err = f.Sync()
 	}
 	if err != nil {
+		var space *SpaceError
+		if errors.As(err, &space) {
+			t.noRoom(ctx, space)
+		}
 		// It may be gigabytes, which no quota counts.
 		return Answer{}, errors.Join(err, t.dir.Remove(newManifest))
 	}
@@ -395,9 +423,29 @@ func (t *Transaction) discard() error {
 	return t.dir.Clear()
 }
 
+// lock makes the folder of the repository's pushes, and takes its lock.
+func (t *Transaction) lock() (locked, err error) {
+	// Whoever removes such folders has their locks for a moment.
+	t.store.gate.Lock()
+	defer t.store.gate.Unlock()
+	if t.dir, err = t.store.makeDir(t.store.incoming, t.req.Repository, privatePerm); err != nil {
+		return nil, err
+	}
+	return t.dir.Lock(), nil
+}
+
+// leaveBase lets the base go.
+func (t *Transaction) leaveBase() {
+	if t.release != nil {
+		t.release()
+		t.release = nil
+	}
+}
+
 // Close ends the transaction and frees the repository. What was uploaded stays
 // for the next push.
 func (t *Transaction) Close() error {
+	t.leaveBase()
 	t.store.mu.Lock()
 	delete(t.store.promised, t)
 	t.store.mu.Unlock()

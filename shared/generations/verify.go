@@ -31,6 +31,8 @@ type Report struct {
 type Problem struct {
 	Path string
 	What string
+	Sum  manifest.Sum // what its content should be; zero for a list or a folder
+	Size int64
 }
 
 func (r *Report) bad(path, format string, args ...any) {
@@ -43,9 +45,11 @@ func (r *Report) bad(path, format string, args ...any) {
 // Verify reads a whole generation from the disk and compares it with the hashes
 // that were taken at the source; it also finds files that do not belong there. The
 // error is nil when everything could be checked, whatever the Report says.
-// progress, which may be nil, is called after every entry.
+// progress, which may be nil, is called after every entry. What is rotten is also
+// recorded on the disk (Rotten).
 func (s *Store) Verify(ctx context.Context, repository, name string, progress func(Report)) (*Report, error) {
 	r, err := s.verify(ctx, repository, name, progress)
+	s.noteVerified(repository, name, r, err)
 	if err != nil {
 		return nil, fmt.Errorf("verify %.200s, generation %.64s: %w", repository, name, err)
 	}
@@ -68,11 +72,11 @@ func (s *Store) verify(ctx context.Context, repository, name string, progress fu
 	if err != nil {
 		return nil, err
 	}
-	dir, err := home.Dir(name)
+	dir, release, err := s.hold(repository, name)
 	if err != nil {
 		return nil, err
 	}
-	defer dir.Close()
+	defer release()
 	v := &verification{ctx: ctx, buf: make([]byte, 256<<10), report: &Report{}, progress: progress}
 	if err := v.run(dir, &g); err != nil {
 		return nil, err
@@ -98,6 +102,15 @@ type counted struct {
 	path    string
 	dir     *beneath.Dir // nil: missing, reported
 	entries int64
+}
+
+// badFile notes what is wrong with a file.
+func (r *Report) badFile(e *manifest.Entry, format string, args ...any) {
+	n := len(r.Problems)
+	r.bad(e.Path, format, args...)
+	if len(r.Problems) > n {
+		r.Problems[n].Sum, r.Problems[n].Size = e.Sum, e.Size
+	}
 }
 
 func (v *verification) run(dir *beneath.Dir, g *Generation) error {
@@ -181,7 +194,7 @@ func (v *verification) entry(e *manifest.Entry) error {
 	}
 	v.checkSum(e)
 	if top.dir == nil {
-		v.report.bad(e.Path, "missing, with its folder")
+		v.report.badFile(e, "missing, with its folder")
 		return nil
 	}
 	top.entries++
@@ -205,12 +218,12 @@ func (v *verification) checkSum(e *manifest.Entry) {
 func (v *verification) file(dir *beneath.Dir, name string, e *manifest.Entry) error {
 	f, st, err := dir.Open(name)
 	if err != nil {
-		v.report.bad(e.Path, "cannot be opened: %v", err)
+		v.report.badFile(e, "cannot be opened: %v", err)
 		return nil
 	}
 	defer f.Close()
 	if st.Size != e.Size {
-		v.report.bad(e.Path, "%d bytes instead of %d", st.Size, e.Size)
+		v.report.badFile(e, "%d bytes instead of %d", st.Size, e.Size)
 		return nil
 	}
 	// What is in memory says nothing about the disk: drop it, then read.
@@ -223,12 +236,12 @@ func (v *verification) file(dir *beneath.Dir, name string, e *manifest.Entry) er
 		return v.ctx.Err()
 	}
 	if err != nil {
-		v.report.bad(e.Path, "cannot be read: %v", err)
+		v.report.badFile(e, "cannot be read: %v", err)
 		return nil
 	}
 	v.report.Files++
 	if sum := manifest.SumOf(h); sum != e.Sum {
-		v.report.bad(e.Path, "its hash is %v instead of %v", sum, e.Sum)
+		v.report.badFile(e, "its hash is %v instead of %v", sum, e.Sum)
 	}
 	return nil
 }
