@@ -293,6 +293,9 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	if answer.Answer != pushwire.AnswerSend || answer.Needed == nil {
 		return fmt.Errorf("offer %s: %.40q is no known answer", r.Name, answer.Answer)
 	}
+	if answer.Heal {
+		p.Log.Warn("files of the newest generation went bad on the target's disk: sending them again", "repository", r.Name, "target", t.Name(), "files", answer.Needed.Len())
+	}
 	if answer.Needed.Len() > 0 {
 		if err := p.upload(ctx, t, pic, l, answer, o, lane); err != nil {
 			return err
@@ -317,7 +320,8 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	if err != nil {
 		return &commitError{err}
 	}
-	o.Generation, o.New, o.Suspect = done.Generation, true, done.Suspect
+	// What heals a generation makes none.
+	o.Generation, o.New, o.Suspect = done.Generation, !answer.Heal, done.Suspect
 	return nil
 }
 
