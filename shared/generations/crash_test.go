@@ -25,13 +25,20 @@ import (
 const (
 	crashFolder = "FARKEEP_TEST_CRASH_FOLDER"
 	crashOnce   = "FARKEEP_TEST_CRASH_ONCE"
+	// With crashExpire it expires generations as well.
+	crashExpire = "FARKEEP_TEST_CRASH_EXPIRE"
 	// healFolder tells it to heal what is rotten there.
 	healFolder = "FARKEEP_TEST_HEAL_FOLDER"
 )
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(crashFolder); dir != "" {
-		err := pushDays(dir, os.Getenv(crashOnce) != "")
+		var err error
+		if os.Getenv(crashExpire) != "" {
+			err = pushAndExpire(dir)
+		} else {
+			err = pushDays(dir, os.Getenv(crashOnce) != "")
+		}
 		if err == nil {
 			os.Exit(0)
 		}
@@ -125,14 +132,14 @@ type crasher struct {
 	names chan string // generations that it said are there
 }
 
-func startCrasher(tb testing.TB, dir string) *crasher {
+func startCrasher(tb testing.TB, dir string, env ...string) *crasher {
 	tb.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		tb.Fatal(err)
 	}
 	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), crashFolder+"="+dir)
+	cmd.Env = append(append(os.Environ(), crashFolder+"="+dir), env...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -266,13 +273,31 @@ func tool(tb testing.TB, pkg, name string, args ...string) string {
 // then mounted as after a cut. Instants within a system call are not seen this
 // way: the emulated appliance's tests cut those.
 func TestPowerCutAtAnyInstant(t *testing.T) {
+	var last int64
+	kept := 0
+	cutPower(t, 10, nil, func(image string, said []string) {
+		day, some := afterCut(t, image, said)
+		last = day
+		if some {
+			kept++
+		}
+	})
+	t.Logf("%d days, %d times something of the upload was kept", last, kept)
+	if last < 2 {
+		t.Errorf("only %d generations were made: the test proves little", last)
+	}
+}
+
+// cutPower runs a crasher and hands copies of its disk, as so many power cuts
+// would leave it, to check, with all that the crasher had said.
+func cutPower(t *testing.T, cuts int, env []string, check func(image string, said []string)) {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("this test makes and mounts a file system: run it as root")
 	}
-	const cuts = 10
 	seed := uint64(time.Now().UnixNano())
 	r := rand.New(rand.NewPCG(seed, 2))
-	t.Logf("seed %d", seed)
+	t.Logf("seed %d, %d cuts", seed, cuts)
 	dir := t.TempDir()
 	image, disk := filepath.Join(dir, "image"), filepath.Join(dir, "disk")
 	if err := os.WriteFile(image, nil, 0o600); err != nil {
@@ -306,10 +331,9 @@ func TestPowerCutAtAnyInstant(t *testing.T) {
 		return f[4]
 	}
 
-	c := startCrasher(t, disk)
+	c := startCrasher(t, disk, env...)
+	defer c.kill(t)
 	var said []string
-	var last int64
-	kept := 0
 	for range cuts {
 		time.Sleep(100*time.Millisecond + time.Duration(r.Int64N(int64(300*time.Millisecond)))) // the instant is what is random here
 		if err := c.cmd.Process.Signal(unix.SIGSTOP); err != nil {
@@ -321,22 +345,13 @@ func TestPowerCutAtAnyInstant(t *testing.T) {
 			before = writes()
 			tool(t, "coreutils", "cp", "--sparse=always", image, copied)
 		}
-		day, some := afterCut(t, copied, said)
+		check(copied, said)
 		if t.Failed() {
 			break
 		}
 		if err := c.cmd.Process.Signal(unix.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		last = day
-		if some {
-			kept++
-		}
-	}
-	c.kill(t)
-	t.Logf("%d cuts, %d days, %d times something of the upload was kept", cuts, last, kept)
-	if last < 2 {
-		t.Errorf("only %d generations were made: the test proves little", last)
 	}
 }
 

@@ -93,10 +93,10 @@ type progress struct {
 	Freed int64 `toml:"freed"` // bytes of the files before it that had no other name
 }
 
-// unit is for how many files progress is noted, which costs two syncs. It is noted
-// before they are removed, and what it covers is removed again after a cut without
-// being counted again.
-const unit = 4096
+// countUnit is for how many files progress is noted, which costs two syncs. It is
+// noted before they are removed, and what it covers is removed again after a cut
+// without being counted again.
+const countUnit = 4096
 
 // generation removes the files of a generation, counts what that frees, and
 // settles what it leaves.
@@ -168,7 +168,7 @@ func (e *emptier) files(dir *beneath.Dir, done *progress) error {
 		if entry.Kind != manifest.File {
 			continue
 		}
-		if len(u.names) == unit || list.Index() == done.Next {
+		if len(u.names) >= e.s.unit || list.Index() == done.Next {
 			// What was counted before a cut is gone before anything else is counted.
 			if err := e.removeBatch(dir, u, done); err != nil {
 				return err
