@@ -8,7 +8,7 @@ import (
 
 	"farkeep/appliance/status"
 	"farkeep/shared/generations"
-	"farkeep/shared/settings"
+	"farkeep/shared/span"
 )
 
 // What an admin decides. The caller has made sure that it is one; by is the
@@ -115,7 +115,7 @@ func (c *Curator) AcceptClock(by string) (was, now time.Time, err error) {
 // stay in force: a floor that both name is not lowered until both do.
 func (c *Curator) LowerFloor(n int, age time.Duration, by string) error {
 	h := c.opt.History
-	h.FloorGenerations, h.FloorAge, h.Repositories = n, settings.Duration(age), nil
+	h.FloorGenerations, h.FloorAge, h.Repositories = n, span.Duration(age), nil
 	if _, key, _, text := h.Mistake(); key == "floor_generations" || key == "floor_age" {
 		return fmt.Errorf("floor: %s", text)
 	}
@@ -133,6 +133,6 @@ func (c *Curator) LowerFloor(n int, age time.Duration, by string) error {
 		return err
 	}
 	c.floors, c.noFloor = next, false
-	c.event(status.Event{Kind: status.EventFloor, By: by, Text: fmt.Sprintf("the disk remembers a floor of %d generations and %s", n, settings.Duration(age).Days())})
+	c.event(status.Event{Kind: status.EventFloor, By: by, Text: fmt.Sprintf("the disk remembers a floor of %d generations and %s", n, span.Duration(age).Days())})
 	return nil
 }

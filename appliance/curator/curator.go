@@ -36,8 +36,8 @@ import (
 
 	"farkeep/appliance/status"
 	"farkeep/shared/generations"
+	"farkeep/shared/history"
 	"farkeep/shared/retention"
-	"farkeep/shared/settings"
 )
 
 // Disk is what a curator needs of a *generations.Store.
@@ -56,7 +56,7 @@ type Disk interface {
 
 // Options are what a curator must know.
 type Options struct {
-	History settings.History
+	History history.Settings
 	// Now is the clock. Believed says whether it was set from outside and did not
 	// jump. Uptime and Boot are the machine's own count: the time since its start,
 	// and a name of that start that no other one has.

@@ -14,6 +14,7 @@ import (
 
 	"farkeep/appliance/status"
 	"farkeep/shared/generations"
+	"farkeep/shared/history"
 	"farkeep/shared/settings"
 	"farkeep/shared/tomlfile"
 
@@ -132,7 +133,7 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	w := &world{T: t, shelf: &shelf{records: map[string]string{}, lists: map[string][]generations.Generation{}, free: 1 << 30}, true: noon}
-	w.history = settings.History{Within: days(2), Daily: 3, FloorGenerations: 2, FloorAge: days(1), ExpirePerDay: 2, RetireAfter: days(14), WhenFull: settings.WhenFullRefuse}
+	w.history = settings.History{Within: days(2), Daily: 3, FloorGenerations: 2, FloorAge: days(1), ExpirePerDay: 2, RetireAfter: days(14), WhenFull: history.Refuse}
 	w.boot()
 	return w
 }
@@ -571,7 +572,7 @@ func TestAcceptClockWaits(t *testing.T) {
 
 func TestThinning(t *testing.T) {
 	w := newWorld(t)
-	w.history = settings.History{Yearly: -1, Daily: -1, FloorGenerations: 3, FloorAge: days(2), ExpirePerDay: 2, WhenFull: settings.WhenFullRefuse}
+	w.history = settings.History{Yearly: -1, Daily: -1, FloorGenerations: 3, FloorAge: days(2), ExpirePerDay: 2, WhenFull: history.Refuse}
 	w.open()
 	w.run(10)
 	w.shelf.free = 5
@@ -579,7 +580,7 @@ func TestThinning(t *testing.T) {
 	if n := len(w.numbers("photos")); n != 10 {
 		t.Fatalf("%d are left although when_full is refuse", n)
 	}
-	w.history.WhenFull = settings.WhenFullThin
+	w.history.WhenFull = history.Thin
 	w.open()
 	bad := w.commit("photos", 1, generations.Suspect)
 	w.mustPass()

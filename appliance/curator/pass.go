@@ -10,8 +10,8 @@ import (
 
 	"farkeep/appliance/status"
 	"farkeep/shared/generations"
+	"farkeep/shared/history"
 	"farkeep/shared/retention"
-	"farkeep/shared/settings"
 )
 
 // Pass finishes what was begun, retires and expires what is due, makes room if
@@ -49,7 +49,7 @@ func (c *Curator) Pass(ctx context.Context) error {
 	if err := c.measure(ctx); err != nil {
 		return err
 	}
-	if c.opt.History.WhenFull == settings.WhenFullThin {
+	if c.opt.History.WhenFull == history.Thin {
 		if err := c.thin(ctx); err != nil {
 			return fmt.Errorf("make room: %w", err)
 		}

@@ -10,7 +10,7 @@ import (
 	"farkeep/shared/generations"
 	"farkeep/shared/hint"
 	"farkeep/shared/pushwire"
-	"farkeep/shared/settings"
+	"farkeep/shared/span"
 )
 
 // adminKey checks the role. The receiver has done so already; whoever decides
@@ -96,7 +96,7 @@ func floor(ctx context.Context, c *call) error {
 	if err := c.adminKey(); err != nil {
 		return err
 	}
-	var age settings.Duration
+	var age span.Duration
 	if err := age.UnmarshalText([]byte(c.args.Age)); err != nil {
 		return hint.Exit(hint.ExitUsage, err)
 	}

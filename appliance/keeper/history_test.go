@@ -15,6 +15,7 @@ import (
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
 	"farkeep/shared/hint"
+	"farkeep/shared/history"
 	"farkeep/shared/pushwire"
 	"farkeep/shared/settings"
 )
@@ -25,7 +26,7 @@ const day = 24 * time.Hour
 func historyOf() settings.History {
 	return settings.History{
 		Daily: 3, FloorGenerations: 2, FloorAge: settings.Duration(time.Hour), ExpirePerDay: 100,
-		RetireAfter: settings.Duration(3 * day), WhenFull: settings.WhenFullRefuse, VanishPercent: 20, ChangePercent: 50,
+		RetireAfter: settings.Duration(3 * day), WhenFull: history.Refuse, VanishPercent: 20, ChangePercent: 50,
 	}
 }
 
@@ -191,7 +192,7 @@ func TestClockAndCardsOnARealDisk(t *testing.T) {
 			if len(before) != 5 { // younger than 5 days
 				t.Fatalf("%v", before)
 			}
-			b.brief.History = settings.History{FloorOnly: true, FloorGenerations: 1, ExpirePerDay: 1000, RetireAfter: settings.Duration(time.Second), WhenFull: settings.WhenFullThin}
+			b.brief.History = settings.History{FloorOnly: true, FloorGenerations: 1, ExpirePerDay: 1000, RetireAfter: settings.Duration(time.Second), WhenFull: history.Thin}
 			if strings.HasPrefix(name, "another card") {
 				b.stop()
 				if err := os.RemoveAll(b.paths.StateDir("keeper")); err != nil {

@@ -32,7 +32,7 @@ import (
 	"farkeep/appliance/suspect"
 	"farkeep/shared/generations"
 	"farkeep/shared/hint"
-	"farkeep/shared/settings"
+	"farkeep/shared/history"
 
 	"golang.org/x/sys/unix"
 )
@@ -70,7 +70,7 @@ type Brief struct {
 	// Idle frees a push between verbs. What was uploaded is kept.
 	Idle time.Duration
 	// History says what stays on the disk. Its zero value lets nothing go.
-	History settings.History
+	History history.Settings
 }
 
 func (b *Brief) setDefaults() {

@@ -18,6 +18,7 @@ import (
 	"farkeep/image/luksfile"
 	"farkeep/image/siteinit"
 	"farkeep/shared/hint"
+	"farkeep/shared/history"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
 	"farkeep/shared/site"
@@ -425,7 +426,7 @@ func TestMeasure(t *testing.T) {
 		Folders: []site.Folder{{Path: filepath.Join(dir, "more"), Prefix: "x-", Exclude: []string{"lost+found"}}, {Path: filepath.Join(dir, "none")}},
 	}
 	// What x-mail keeps is every night there ever was.
-	s.History.Repositories = []settings.RepositoryHistory{{Name: "x-*", Daily: new(-1)}}
+	s.History.Repositories = []history.Repository{{Name: "x-*", Daily: new(-1)}}
 	factor := func(repository string) float64 {
 		e, err := diskuse.For(s.History.For(repository))
 		if err != nil {

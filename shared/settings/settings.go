@@ -13,7 +13,9 @@ import (
 	"strings"
 	"time"
 
+	"farkeep/shared/history"
 	"farkeep/shared/secret"
+	"farkeep/shared/span"
 	"farkeep/shared/tomlfile"
 )
 
@@ -32,6 +34,9 @@ type Appliance struct {
 	DeadMan    DeadMan     `toml:"dead_man"`
 	Mail       Mail        `toml:"mail"`
 }
+
+// History says which generations stay; see package history.
+type History = history.Settings
 
 // Identity is what the appliance is known by.
 type Identity struct {
@@ -155,7 +160,7 @@ const (
 // which are of type *tomlfile.Error.
 func Parse(name string, text []byte) (*Appliance, error) {
 	// Before the file is read, so that an explicit 0 stays 0.
-	a := &Appliance{History: DefaultHistory(), DeadMan: DefaultDeadMan()}
+	a := &Appliance{History: history.Default(), DeadMan: DefaultDeadMan()}
 	if err := tomlfile.Parse(name, text, a); err != nil {
 		return nil, err
 	}
@@ -185,6 +190,9 @@ func (a *Appliance) setDefaults() {
 	}
 }
 
+// DefaultHistory is the history of a file that does not mention it.
+func DefaultHistory() History { return history.Default() }
+
 // DefaultDeadMan is the dead man's switch of a file that does not mention it.
 func DefaultDeadMan() DeadMan {
 	return DeadMan{
@@ -205,53 +213,7 @@ func setDefault[T comparable](p *T, value T) {
 }
 
 // Duration is a time span written as Go does ("30h", "15m"), and in days ("8d").
-type Duration time.Duration
-
-// Std returns d as a time.Duration.
-func (d Duration) Std() time.Duration { return time.Duration(d) }
-
-// String writes the span the way UnmarshalText reads it, and a person would: 30h, not 30h0m0s.
-func (d Duration) String() string {
-	s := time.Duration(d).String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return s
-}
-
-// Days writes whole days as days, from two on ("10d"), and other spans as String does.
-func (d Duration) Days() string {
-	const day = Duration(24 * time.Hour)
-	if d >= 2*day && d%day == 0 {
-		return fmt.Sprintf("%dd", d/day)
-	}
-	return d.String()
-}
-
-// MarshalText implements encoding.TextMarshaler.
-func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
-
-// UnmarshalText implements encoding.TextUnmarshaler.
-func (d *Duration) UnmarshalText(text []byte) error {
-	s := string(text)
-	if days, ok := strings.CutSuffix(s, "d"); ok {
-		var n int
-		if _, err := fmt.Sscanf(days, "%d", &n); err != nil || fmt.Sprint(n) != days || n < 0 || n > 36500 {
-			return fmt.Errorf("%q is not a time span: write for instance 30h, 15m or 8d", s)
-		}
-		*d = Duration(time.Duration(n) * 24 * time.Hour)
-		return nil
-	}
-	v, err := time.ParseDuration(s)
-	if err != nil || v < 0 {
-		return fmt.Errorf("%q is not a time span: write for instance 30h, 15m or 8d", s)
-	}
-	*d = Duration(v)
-	return nil
-}
+type Duration = span.Duration
 
 // ClockTime is a time of day, as the time since midnight UTC.
 type ClockTime time.Duration

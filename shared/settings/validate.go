@@ -4,15 +4,13 @@ import (
 	"regexp"
 	"time"
 
+	"farkeep/shared/history"
 	"farkeep/shared/identity"
 	"farkeep/shared/secret"
 	"farkeep/shared/tomlfile"
 )
 
-var (
-	repositoryPattern = regexp.MustCompile(`^(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,127}\*?)$`)
-	interfacePattern  = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,15}$`)
-)
+var interfacePattern = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,15}$`)
 
 // validator knows what values of a settings file look like.
 type validator struct{ *tomlfile.Checker }
@@ -96,7 +94,7 @@ func (a *Appliance) validateReceiver(v validator) {
 		v.Check(k.Role == "push" || k.Role == "restore" || k.Role == "admin", "receiver.key", "role", i, "%q is not push, restore or admin", k.Role)
 		v.Check(k.Role != "push" || len(k.Repositories) > 0, "receiver.key", "repositories", i, "a push key needs the repositories that it may push")
 		for _, name := range k.Repositories {
-			v.Check(repositoryPattern.MatchString(name), "receiver.key", "repositories", i, "%q is not a repository name", name)
+			v.Check(history.IsPattern(name), "receiver.key", "repositories", i, "%q is not a repository name", name)
 		}
 		v.Check(k.QuotaBytes >= 0, "receiver.key", "quota_bytes", i, "a quota cannot be negative")
 	}

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"farkeep/shared/history"
 )
 
 var (
@@ -84,5 +86,5 @@ func (d DeadMan) Mistake() (key, text string) {
 // IsRepository reports whether s may name a repository: it becomes a folder on
 // the appliance's disk.
 func IsRepository(s string) bool {
-	return !strings.HasSuffix(s, "*") && repositoryPattern.MatchString(s)
+	return !strings.HasSuffix(s, "*") && history.IsPattern(s)
 }

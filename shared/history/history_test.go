@@ -1,50 +1,63 @@
-package settings_test
+package history_test
 
 import (
 	"bytes"
 	"encoding/gob"
-	"strings"
 	"testing"
 	"time"
 
+	"farkeep/shared/history"
 	"farkeep/shared/retention"
-	"farkeep/shared/settings"
+	"farkeep/shared/tomlfile"
 
 	"github.com/google/go-cmp/cmp"
 )
 
 const day = 24 * time.Hour
 
-func TestDefaultHistory(t *testing.T) {
-	base := fixture(t, "good.toml")
-	from := strings.Index(base, "[history]")
-	to := strings.Index(base, "[dead_man]")
-	a := parse(t, base[:from]+base[to:])
-	if d := cmp.Diff(settings.DefaultHistory(), a.History); d != "" {
-		t.Errorf("-default +without a section:\n%s", d)
+// parse reads a file's section over the default, as settings and site do.
+func parse(t *testing.T, text string) history.Settings {
+	t.Helper()
+	file := struct {
+		History history.Settings `toml:"history"`
+	}{history.Default()}
+	if err := tomlfile.Parse("farkeep.toml", []byte(text), &file); err != nil {
+		t.Fatal(err)
 	}
+	if table, key, n, mistake := file.History.Mistake(); key != "" {
+		t.Fatalf("%s.%s, element %d: %s", table, key, n, mistake)
+	}
+	return file.History
+}
+
+func TestDefaultHistory(t *testing.T) {
+	h := parse(t, "")
 	want := retention.Rules{
 		Policy: retention.Policy{Within: 10 * day, Weekly: 4, Monthly: 12, Yearly: -1},
 		Floor:  retention.Floor{Generations: 7, Age: 14 * day},
 		PerDay: 8,
 	}
-	if got := a.History.For("photos"); got != want {
+	if got := h.For("photos"); got != want {
 		t.Errorf("rules %+v; want %+v", got, want)
 	}
 	// One key changes one thing.
-	a = parse(t, base[:from]+"[history]\ndaily = 30\n"+base[to:])
+	h = parse(t, "[history]\ndaily = 30\n")
 	want.Daily = 30
-	if got := a.History.For("photos"); got != want {
+	if got := h.For("photos"); got != want {
 		t.Errorf("with daily = 30: %+v; want %+v", got, want)
 	}
-	if got := (settings.History{}).For("photos"); got.PerDay != 0 {
+	if got := (history.Settings{}).For("photos"); got.PerDay != 0 {
 		t.Errorf("a history that was not set lets %d go", got.PerDay)
 	}
 }
 
 func TestHistoryOfOneRepository(t *testing.T) {
-	base := fixture(t, "good.toml")
-	text := strings.Replace(base, "[dead_man]", `[[history.repository]]
+	h := parse(t, `[[history.repository]]
+name = "photos-*"
+monthly = 24
+vanish_percent = 1
+
+[[history.repository]]
 name = "photos-old"
 within = "0s"
 weekly = 0
@@ -63,12 +76,10 @@ change_percent = 100
 [[history.repository]]
 name = "*"
 hourly = 5
-
-[dead_man]`, 1)
-	h := parse(t, text).History
+`)
 	// The keeper gets its settings as gob; nothing may be lost on the way.
 	var wire bytes.Buffer
-	var sent settings.History
+	var sent history.Settings
 	if err := gob.NewEncoder(&wire).Encode(h); err != nil {
 		t.Fatal(err)
 	}
@@ -113,14 +124,20 @@ hourly = 5
 	}
 }
 
-func TestDays(t *testing.T) {
-	for d, want := range map[time.Duration]string{
-		0: "0s", day: "24h", 2 * day: "2d", 30 * day: "30d", 36 * time.Hour: "36h", 5 * time.Minute: "5m",
-	} {
-		got := settings.Duration(d).Days()
-		var back settings.Duration
-		if err := back.UnmarshalText([]byte(got)); err != nil || got != want || back.Std() != d {
-			t.Errorf("%v is written %s and read back as %v, %v; want %s", d, got, back, err, want)
-		}
+// TestTOML: what is written reads back, for every key, and what was never set is
+// not written.
+func TestTOML(t *testing.T) {
+	if text, err := (history.Settings{}).TOML(); err != nil || text != "" {
+		t.Errorf("%q, %v", text, err)
+	}
+	h := history.Default()
+	h.Hourly, h.Daily, h.WhenFull, h.ScrubEvery = 24, -1, history.Thin, 0
+	h.Repositories = []history.Repository{{Name: "a", Yearly: new(0)}, {Name: "b*", FloorAge: new(h.Within), ChangePercent: new(0)}}
+	text, err := h.TOML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(h, parse(t, text)); d != "" {
+		t.Errorf("-given +read:\n%s\n%s", d, text)
 	}
 }
