@@ -30,7 +30,7 @@ the second, for recovery, with a backup of the header to the operator's folder.`
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newDiskPrepareCmd(env), newDiskAdoptCmd(env), newDiskShowCmd(env))
+	cmd.AddCommand(newDiskPrepareCmd(env), newDiskAdoptCmd(env), newDiskShowCmd(env), newDiskCopyCmd(env), newDiskSalvageCmd(env))
 	return cmd
 }
 
