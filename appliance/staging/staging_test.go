@@ -716,15 +716,21 @@ func TestQuota(t *testing.T) {
 	must(t, f.Close())
 }
 
-// A disk that is full answers in words, and history stays as it is.
-func TestDiskFull(t *testing.T) {
+// tmpfs mounts a file system of that size; a sync of it costs nothing.
+func tmpfs(t testing.TB, size string) string {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("this test mounts a tmpfs: run it as root")
 	}
 	dir := t.TempDir()
-	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"))
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size))
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
-	b := openBench(t, dir)
+	return dir
+}
+
+// A disk that is full answers in words, and history stays as it is.
+func TestDiskFull(t *testing.T) {
+	b := openBench(t, tmpfs(t, "4m"))
 	p := b.peer("home")
 	c, hangUp := b.client(t, p)
 	put(t, c, "/photos/a", strings.Repeat("a", 1<<20))
