@@ -64,16 +64,16 @@ func (j *judge) history() {
 	}
 }
 
-// ssh is a command line for the operator. The words are the appliance's own, or
-// names that it checked; they are checked again, because they will be pasted into
-// a shell.
-func (j *judge) ssh(words ...string) string {
+// ssh is a command line for the operator. The words after the verb are names that
+// the keeper checked; they are checked again, because they will be pasted into a
+// shell.
+func (j *judge) ssh(verb string, words ...string) string {
 	for i, w := range words {
-		if !settings.IsName(w) && !plainWord(w) {
+		if !plainWord(w) {
 			words[i] = "NAME"
 		}
 	}
-	return "ssh " + j.see.Host + " " + strings.Join(words, " ")
+	return "ssh " + j.see.Host + " " + verb + " " + strings.Join(words, " ")
 }
 
 func plainWord(s string) bool {
@@ -90,7 +90,7 @@ func (j *judge) suspects(k *status.Keeper) {
 		}
 		found++
 		f := finding{kind: suspect, subject: r.Name}
-		f.commands = append(f.commands, j.ssh("generations", "--text", r.Name))
+		f.commands = append(f.commands, j.ssh("generations --text", r.Name))
 		for _, s := range r.Suspects[:min(len(r.Suspects), status.MaxSuspects)] {
 			f.facts = append(f.facts, fact{"generation", line(s.Generation) + ", committed " + stamp(s.At)})
 			for _, reason := range s.Reasons[:min(len(s.Reasons), status.MaxReasons)] {

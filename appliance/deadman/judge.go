@@ -22,6 +22,9 @@ const (
 	// welcomeWait is how long the first mail waits for VPN and disk to have
 	// something to tell.
 	welcomeWait = 3 * time.Minute
+	// maxBody bounds a mail's text, in bytes; encoded it is three times as long at
+	// most, which the outbox takes.
+	maxBody = 20_000
 )
 
 // Facts is what the judge sees at one moment. A nil status is unknown.
@@ -387,6 +390,9 @@ func (j *judge) mail(kind, subject, body string) string {
 	if j.state.Dropped > 0 {
 		body += fmt.Sprintf("\n%d earlier mails were dropped because the queue was full.\n", j.state.Dropped)
 		j.state.Dropped = 0
+	}
+	if len(body) > maxBody {
+		body = strings.ToValidUTF8(body[:maxBody], "") + "\n(The rest was cut: it is more than a mail should be.)\n"
 	}
 	m := Mail{ID: outbox.ID(j.state.Serial, kind, j.state.Nonce), Kind: kind, Subject: subject, Body: body, Date: j.see.Now}
 	j.state.Serial++

@@ -243,14 +243,15 @@ func TestSuspectFreezesUntilAnAdminDecides(t *testing.T) {
 	b.push("docs", files)
 	b.restart(day)
 	gone := b.push("docs", repo{"README": "pay"})
-	s := b.await("it is suspect", func(s *status.Keeper) bool {
+	b.await("it is suspect", func(s *status.Keeper) bool {
 		return slices.ContainsFunc(s.Repositories, func(r status.RepositoryStatus) bool {
 			return r.Name == "docs" && len(r.Suspects) == 1 && r.Suspects[0].Generation == gone && len(r.Suspects[0].Reasons) > 0
 		})
 	})
 	// The other repository is not concerned.
 	b.await("three are left", func(s *status.Keeper) bool { return len(b.folders("photos")) == 3 })
-	if s = b.settled(); !slices.ContainsFunc(s.Frozen, func(why string) bool { return strings.HasPrefix(why, "docs: generation "+gone) }) || s.FrozenSince.IsZero() {
+	s := b.settled()
+	if !slices.ContainsFunc(s.Frozen, func(why string) bool { return strings.HasPrefix(why, "docs: generation "+gone) }) || s.FrozenSince.IsZero() {
 		t.Errorf("frozen %q since %v", s.Frozen, s.FrozenSince)
 	}
 	list := b.list("docs")
