@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"farkeep/appliance/room"
 	"farkeep/appliance/status"
 	"farkeep/shared/generations"
 )
@@ -18,16 +19,11 @@ type roomRecord struct {
 type dayRecord struct {
 	Day   int64 `toml:"day"`   // since 1970, UTC
 	Added int64 `toml:"added"` // bytes of that day's generations, first ones of repositories not counted
+	First int64 `toml:"first"` // bytes of those
 	Free  int64 `toml:"free"`  // bytes, at the day's last look
 }
 
-const (
-	keepDays = 60
-	// recent is the days that the forecast goes by.
-	recent = 30
-	// enough is how many days of looking at what is free say more than what was added.
-	enough = 7
-)
+const keepDays = 60
 
 // measure finds out how much room there is, and writes down today's.
 func (c *Curator) measure(ctx context.Context) error {
@@ -40,26 +36,26 @@ func (c *Curator) measure(ctx context.Context) error {
 		return err
 	}
 	now := c.opt.Now()
-	added, began := map[int64]int64{}, int64(0)
+	added := map[int64]dayRecord{}
 	for _, name := range repositories {
 		list, err := c.disk.List(ctx, name)
 		if err != nil {
 			return err
 		}
-		add(added, &began, times(now, list), list)
+		add(added, times(now, list), list)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.doubt != "" {
 		// Days that a thrown clock invents are not written down.
-		room := c.days.forecast(now, free, reserve, began)
-		room.FullOn = time.Time{}
-		c.state.Room = &room
+		forecast := c.days.forecast(now, free, reserve)
+		forecast.FullOn = time.Time{}
+		c.state.Room = &forecast
 		return nil
 	}
 	changed := c.days.note(dayOf(now), free, added)
-	room := c.days.forecast(now, free, reserve, began)
-	c.state.Room = &room
+	forecast := c.days.forecast(now, free, reserve)
+	c.state.Room = &forecast
 	if !changed {
 		return nil
 	}
@@ -68,21 +64,21 @@ func (c *Curator) measure(ctx context.Context) error {
 
 func dayOf(t time.Time) int64 { return t.Unix() / day }
 
-// add sums up what a repository's generations added on each day, and moves began
-// to the day of its first one if that is later: filling a disk for the first
-// time is no pace.
-func add(added map[int64]int64, began *int64, at []time.Time, list []generations.Generation) {
+// add sums up what a repository's generations added on each day.
+func add(added map[int64]dayRecord, at []time.Time, list []generations.Generation) {
 	for i, g := range list {
+		sum := added[dayOf(at[i])]
 		if g.Sequence == 1 {
-			*began = max(*began, dayOf(at[i]))
-			continue
+			sum.First += g.NewBytes + g.Overhead
+		} else {
+			sum.Added += g.NewBytes + g.Overhead
 		}
-		added[dayOf(at[i])] += g.NewBytes + g.Overhead
+		added[dayOf(at[i])] = sum
 	}
 }
 
 // note takes today's look, and says whether it is worth writing down.
-func (r *roomRecord) note(today, free int64, added map[int64]int64) (changed bool) {
+func (r *roomRecord) note(today, free int64, added map[int64]dayRecord) (changed bool) {
 	i, found := slices.BinarySearchFunc(r.Days, today, func(d dayRecord, day int64) int { return int(d.Day - day) })
 	if !found {
 		r.Days = slices.Insert(r.Days, i, dayRecord{Day: today, Free: free})
@@ -94,8 +90,9 @@ func (r *roomRecord) note(today, free int64, added map[int64]int64) (changed boo
 	}
 	for i := range r.Days {
 		// What expired since is not listed any more.
-		if d := &r.Days[i]; added[d.Day] > d.Added {
-			d.Added = added[d.Day]
+		d := &r.Days[i]
+		if a := added[d.Day]; a.Added > d.Added || a.First > d.First {
+			d.Added, d.First = max(d.Added, a.Added), max(d.First, a.First)
 			changed = true
 		}
 	}
@@ -105,36 +102,17 @@ func (r *roomRecord) note(today, free int64, added map[int64]int64) (changed boo
 	return changed
 }
 
-// forecast says how much room there is and when it is used up, one worst day kept
-// in reserve. began is the day since which it was filled at its usual pace.
-func (r roomRecord) forecast(now time.Time, free, reserve, began int64) status.Room {
-	room := status.Room{Free: free, Reserve: reserve}
-	today := dayOf(now)
-	var first *dayRecord
-	var sum int64
-	for i := range r.Days {
-		d := &r.Days[i]
-		if d.Day <= today-recent || d.Day > today {
-			continue
-		}
-		room.WorstDay = max(room.WorstDay, d.Added)
-		sum += d.Added
-		if first == nil && d.Day >= began {
-			first = d
-		}
+// forecast says how much room there is beside the reserve, and when it is used up
+// but for one worst day.
+func (r roomRecord) forecast(now time.Time, free, reserve int64) status.Room {
+	samples := make([]room.Sample, len(r.Days))
+	for i, d := range r.Days {
+		samples[i] = room.Sample{At: startOf(d.Day), Free: d.Free, New: d.Added, First: d.First}
 	}
-	if first == nil {
-		return room
-	}
-	if span := today - first.Day; span >= enough {
-		room.PerDay = (first.Free - free) / span
-	} else {
-		room.PerDay = sum / max(1, min(recent, today-began+1))
-	}
-	const limit = 50 * 365
-	left := max(0, free-room.WorstDay)
-	if room.PerDay > 0 && left/room.PerDay < limit {
-		room.FullOn = time.Unix((today+left/room.PerDay)*day, 0).UTC()
-	}
-	return room
+	// By whole days, and free is what is left beside the disk's own reserve.
+	out := room.Forecast(startOf(dayOf(now)), samples, free, 0)
+	out.Reserve = reserve
+	return out
 }
+
+func startOf(d int64) time.Time { return time.Unix(d*day, 0).UTC() }

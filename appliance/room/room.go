@@ -18,9 +18,10 @@ import (
 type Sample struct {
 	At   time.Time
 	Free int64 // bytes
-	// New is what the day's generations added, in bytes. The first generation of a
-	// repository is left out: filling a disk for the first time is no habit.
-	New int64
+	// New and First are what the day's generations added, in bytes: First what was
+	// the first generation of its repository, New all others. Filling a disk for the
+	// first time is no habit, and counts for no pace and no worst day.
+	New, First int64
 }
 
 const (
@@ -85,11 +86,12 @@ func pace(now time.Time, recent []Sample, free int64) int64 {
 		return sum / (1 + int64(now.Sub(first)/(24*time.Hour)))
 	}
 	looks := append(slices.Clone(recent), Sample{At: now, Free: free})
-	total, days := float64(looks[0].Free-free), now.Sub(first).Hours()/24
+	total, days := 0.0, now.Sub(first).Hours()/24
 	best, bestTotal, bestDays := math.Inf(1), 0.0, 0.0
 	for i, b := range looks[1:] {
 		a := looks[i]
-		taken, span := float64(a.Free-b.Free), b.At.Sub(a.At).Hours()/24
+		taken, span := float64(a.Free-b.First-b.Free), b.At.Sub(a.At).Hours()/24
+		total += taken
 		if span > 0 && taken/span < best {
 			best, bestTotal, bestDays = taken/span, taken, span
 		}

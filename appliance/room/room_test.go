@@ -31,6 +31,15 @@ func days(free int64, change func(ago int) (added, expired int64), n int) []room
 	return samples
 }
 
+// first is samples in whose i-th a repository's first generation came.
+func first(samples []room.Sample, i int, bytes int64) []room.Sample {
+	samples[i].First = bytes
+	for k := i + 1; k < len(samples); k++ { // earlier days
+		samples[k].Free += bytes
+	}
+	return samples
+}
+
 func TestForecast(t *testing.T) {
 	steady := func(int) (int64, int64) { return 2 * gb, gb }
 	in := func(d float64) time.Time { return now.Add(time.Duration(d * float64(day))) }
@@ -68,6 +77,9 @@ func TestForecast(t *testing.T) {
 				return 2 * gb, gb
 			}, 29), 500 * gb, 0,
 			status.Room{Free: 500 * gb, Reserve: 2 * gb, WorstDay: 2 * gb, PerDay: gb, FullOn: in(498)}},
+		{"a second repository was filled for the first time",
+			first(days(100*gb, steady, 29), 7, 250*gb), 100 * gb, 0,
+			status.Room{Free: 100 * gb, Reserve: 2 * gb, WorstDay: 2 * gb, PerDay: gb, FullOn: in(98)}},
 		{"as much expires as comes", days(100*gb, func(int) (int64, int64) { return gb, gb }, 29), 100 * gb, 0,
 			status.Room{Free: 100 * gb, Reserve: gb, WorstDay: gb}},
 		{"it is emptying", days(100*gb, func(int) (int64, int64) { return gb, 2 * gb }, 29), 100 * gb, 0,
