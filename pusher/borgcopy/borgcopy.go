@@ -104,7 +104,7 @@ func Borg() (string, error) {
 
 // grace is how long borg may take to end by itself when it was interrupted: the
 // terminal has told it too.
-const grace = 3 * time.Second
+const grace = 2 * time.Second
 
 // Start runs borg and waits for it. Check must have let args through.
 func (r Run) Start(ctx context.Context, args []string) error {
@@ -124,10 +124,11 @@ func (r Run) Start(ctx context.Context, args []string) error {
 	cmd.Env = environ
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = r.Stdin, r.Stdout, r.Stderr
 	cmd.Cancel = func() error {
-		time.AfterFunc(grace, func() { cmd.Process.Signal(syscall.SIGTERM) })
+		// The signal that makes "borg mount" unmount.
+		time.AfterFunc(grace, func() { cmd.Process.Signal(os.Interrupt) })
 		return nil
 	}
-	cmd.WaitDelay = 5 * grace
+	cmd.WaitDelay = 10 * grace
 	err = cmd.Run()
 	if err != nil && ctx.Err() != nil {
 		return &ExitError{hint.ExitCancelled}
@@ -140,6 +141,17 @@ func (r Run) Start(ctx context.Context, args []string) error {
 		return fmt.Errorf("run borg: %w", err)
 	}
 	return nil
+}
+
+// Left returns the folders among a run's arguments on which a mount was left
+// whose borg is gone. Borg 1.2 with pyfuse3 ends at Ctrl-C without unmounting.
+func Left(args []string) (folders []string) {
+	for _, a := range args {
+		if _, err := os.Stat(a); errors.Is(err, syscall.ENOTCONN) {
+			folders = append(folders, a)
+		}
+	}
+	return folders
 }
 
 // own are Borg's variables that say where things are and what is asked; the

@@ -168,16 +168,24 @@ func (m *Mounted) unmount(unmounted <-chan struct{}) error {
 	}
 	// Somebody has a file or folder open. It goes from sight now, and altogether
 	// when they let go.
-	var err error
-	if os.Geteuid() == 0 {
-		err = unix.Unmount(m.mount.Folder, unix.MNT_DETACH)
-	} else {
-		err = exec.Command("fusermount3", "-u", "-z", m.mount.Folder).Run()
-	}
-	if err != nil {
-		return hint.Because(fmt.Errorf("unmount %s: %w", m.mount.Folder, err), "umount -l %s", m.mount.Folder)
+	if err := Detach(m.mount.Folder); err != nil {
+		return err
 	}
 	m.mount.Log.Warn("still in use, detached", "folder", m.mount.Folder)
+	return nil
+}
+
+// Detach unmounts a folder, whoever still uses it.
+func Detach(folder string) error {
+	var err error
+	if os.Geteuid() == 0 {
+		err = unix.Unmount(folder, unix.MNT_DETACH)
+	} else {
+		err = exec.Command("fusermount3", "-u", "-z", folder).Run()
+	}
+	if err != nil {
+		return hint.Because(fmt.Errorf("unmount %s: %w", folder, err), "umount -l %s", folder)
+	}
 	return nil
 }
 

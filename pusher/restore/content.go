@@ -304,7 +304,7 @@ func (f *fetcher) fetch(ctx context.Context, path string, w io.Writer, off, size
 				case errors.Is(err, io.EOF):
 					c.err = &badError{fmt.Errorf("it ends after %d of %d bytes", at+int64(got), size)}
 				case err == nil:
-					c.err = io.ErrNoProgress
+					c.err = &badError{io.ErrNoProgress}
 				default:
 					c.err = ofFile(ctx, err)
 				}
