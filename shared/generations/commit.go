@@ -159,6 +159,7 @@ type assembly struct {
 	ctx     context.Context
 	staging *beneath.Dir
 	objects *beneath.Dir
+	copies  *beneath.Dir // building/, where nothing is built any more
 	sums    *bufio.Writer
 	line    []byte
 
@@ -184,10 +185,14 @@ func (a *assembly) close() {
 		l.old.Close()
 	}
 	a.objects.Close()
+	a.copies.Close()
 }
 
 func (a *assembly) run() (err error) {
 	if a.objects, err = a.t.dir.Dir(objectsFolder); err != nil {
+		return err
+	}
+	if a.copies, err = a.t.dir.Dir(buildingFolder); err != nil {
 		return err
 	}
 	files, err := a.t.store.makeDir(a.staging, FilesFolder, folderPerm)
@@ -398,7 +403,7 @@ func setTime(f *os.File, e *manifest.Entry) error {
 	return nil
 }
 
-// spillName is the name in objects/ of a copy that spill made.
+// spillName is the name of a copy that spill made, which the next plan removes.
 func spillName(e *manifest.Entry, perm uint32) string { return fmt.Sprintf("%v.%o", e.Sum, perm) }
 
 // spill gives the new generation a file by copying from/old, where a link cannot
@@ -407,7 +412,7 @@ func spillName(e *manifest.Entry, perm uint32) string { return fmt.Sprintf("%v.%
 func (a *assembly) spill(top *level, name string, from *beneath.Dir, old string, perm uint32, e *manifest.Entry) error {
 	copied := spillName(e, perm)
 	if a.spilled[copied] {
-		err := top.dir.Link(a.objects, copied, name)
+		err := top.dir.Link(a.copies, copied, name)
 		if !errors.Is(err, unix.EMLINK) {
 			return err
 		}
@@ -420,7 +425,7 @@ func (a *assembly) spill(top *level, name string, from *beneath.Dir, old string,
 		return err
 	}
 	defer src.Close()
-	dst, err := a.t.store.create(a.objects, copied, perm)
+	dst, err := a.t.store.create(a.copies, copied, perm)
 	if err != nil {
 		return err
 	}
@@ -437,5 +442,5 @@ func (a *assembly) spill(top *level, name string, from *beneath.Dir, old string,
 	if err := setTime(dst, e); err != nil {
 		return err
 	}
-	return top.dir.Link(a.objects, copied, name)
+	return top.dir.Link(a.copies, copied, name)
 }
