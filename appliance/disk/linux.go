@@ -188,7 +188,7 @@ func (l *linux) own() error {
 		return err
 	}
 	defer root.Close()
-	give := []string{".", "generations", "incoming", ".heartbeat"}
+	give := []string{".", "generations", "incoming", ".heartbeat", ".farkeep", ".farkeep/going", ".farkeep/judge", "staging"}
 	if repositories, err := fs.ReadDir(root.FS(), "generations"); err == nil {
 		for _, r := range repositories {
 			if r.IsDir() {

@@ -201,7 +201,7 @@ func TestProgress(t *testing.T) {
 func TestOwn(t *testing.T) {
 	dir := t.TempDir()
 	const keeper = 902
-	for _, name := range []string{"generations/photos/000001-20261105T030000Z/files", "incoming", "other/deep"} {
+	for _, name := range []string{"generations/photos/000001-20261105T030000Z/files", "incoming", ".farkeep/going", "other/deep"} {
 		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -221,6 +221,7 @@ func TestOwn(t *testing.T) {
 	}
 	for name, want := range map[string]uint32{
 		".": keeper, "generations": keeper, "generations/photos": keeper, "incoming": keeper,
+		".farkeep": keeper, ".farkeep/going": keeper,
 		"generations/photos/000001-20261105T030000Z": 0, "other": 0, "other/deep": 0,
 	} {
 		if got := uid(t, filepath.Join(dir, name)); got != want {
