@@ -3,11 +3,17 @@ package history_test
 import (
 	"bytes"
 	"encoding/gob"
+	"fmt"
+	"os"
+	"reflect"
+	"regexp"
+	"strings"
 	"testing"
 	"time"
 
 	"farkeep/shared/history"
 	"farkeep/shared/retention"
+	"farkeep/shared/span"
 	"farkeep/shared/tomlfile"
 
 	"github.com/google/go-cmp/cmp"
@@ -139,5 +145,44 @@ func TestTOML(t *testing.T) {
 	}
 	if d := cmp.Diff(h, parse(t, text)); d != "" {
 		t.Errorf("-given +read:\n%s\n%s", d, text)
+	}
+}
+
+// TestDocsNameEveryKey keeps docs/retention.md whole: its sample is one that
+// works, its table has every key and every default.
+func TestDocsNameEveryKey(t *testing.T) {
+	docs, err := os.ReadFile("../../docs/retention.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sample, err := os.ReadFile("testdata/sample.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(docs), "```toml\n"+string(sample)+"```") {
+		t.Error("docs/retention.md does not show testdata/sample.toml as it is")
+	}
+	if got := parse(t, string(sample)).For("photos-2025").Monthly; got != 24 {
+		t.Errorf("the sample keeps %d months of photos-2025", got)
+	}
+	_, table, _ := strings.Cut(string(docs), "## The keys\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	defaults := history.Default()
+	for i := range reflect.TypeOf(defaults).NumField() {
+		field := reflect.TypeOf(defaults).Field(i)
+		key := "`" + field.Tag.Get("toml") + "`"
+		value := fmt.Sprint(reflect.ValueOf(defaults).Field(i).Interface())
+		switch v := reflect.ValueOf(defaults).Field(i).Interface().(type) {
+		case span.Duration:
+			value = fmt.Sprintf("%q", v.Days())
+		case string:
+			value = fmt.Sprintf("%q", v)
+		case []history.Repository:
+			key, value = "`[[history.repository]]`", ""
+		}
+		row := regexp.MustCompile(`(?m)^\| .*` + regexp.QuoteMeta(key) + `.* \|.*` + regexp.QuoteMeta(value) + `.*\|`)
+		if !row.MatchString(table) {
+			t.Errorf("the table has no row with %s and its default %s", key, value)
+		}
 	}
 }
