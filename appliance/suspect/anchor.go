@@ -27,8 +27,9 @@ import (
 // sample to be whole.
 //
 // File anchor-SECONDS, little endian: "FKANCH01", secret uint64, rate uint64, count
-// uint32, count × (key, name, size uint64), CRC-32C of all that. It is sorted by key. The key
-// is the chunk's, or the beginning of a file's sum, whose name's hash stands beside it.
+// uint32, count × (key, other, size uint64), CRC-32C of all that. It is sorted by key. An item
+// is a chunk, with its entry's CRC as other, or a file, whose content's sum is the key
+// and whose name's hash is other.
 type anchor struct {
 	at     time.Time
 	secret uint64
@@ -36,7 +37,7 @@ type anchor struct {
 	items  []item
 }
 
-type item struct{ key, name, size uint64 }
+type item struct{ key, other, size uint64 }
 
 const (
 	anchorPrefix = "anchor-"
@@ -93,7 +94,7 @@ func (a *anchor) save(scratch *beneath.Dir) error {
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(a.items)))
 	for _, i := range a.items {
 		b = binary.LittleEndian.AppendUint64(b, i.key)
-		b = binary.LittleEndian.AppendUint64(b, i.name)
+		b = binary.LittleEndian.AppendUint64(b, i.other)
 		b = binary.LittleEndian.AppendUint64(b, i.size)
 	}
 	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))

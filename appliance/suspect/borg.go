@@ -182,7 +182,7 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 	}
 	var r comparison
 	var lost, sampled totals
-	err = each(ctx, k, p.segments, tableBits, func(s span, t *table) {
+	err = each(ctx, k, p.segments, j.bits, func(s span, t *table) {
 		r.take(t, fresh)
 		if s.first == 0 {
 			r.oldManifest, r.newManifest = t.manifest[0] != 0, t.manifest[1] != 0
@@ -191,7 +191,7 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 			for _, i := range as.oldest.within(s) {
 				sampled.chunks++
 				sampled.bytes += int64(i.size)
-				if !t.alive(i.key) {
+				if !t.has(i.key, i.size<<32|i.other) {
 					lost.chunks++
 					lost.bytes += int64(i.size)
 				}
@@ -232,7 +232,7 @@ func (r *comparison) take(t *table, fresh *anchor) {
 		if new != 0 {
 			r.new.add(new)
 			if fresh != nil {
-				fresh.offer(item{key: key, size: new >> 32})
+				fresh.offer(item{key: key, size: new >> 32, other: new & 0xffffffff})
 			}
 		}
 		switch {
@@ -246,20 +246,22 @@ func (r *comparison) take(t *table, fresh *anchor) {
 	}
 }
 
-// judge reports whether chunks vanished all at once.
+// judge reports whether chunks were lost all at once.
 func (r *comparison) judge(l limits, f *findings) (sudden bool) {
 	if r.oldManifest && !r.newManifest {
 		f.add("The table of archives is gone from the repository: not one archive can be listed any more.")
 	}
-	everything := r.vanished.chunks > 0 && r.vanished.chunks == r.old.chunks
-	sudden = everything || r.vanished.chunks > few && (over(r.vanished.chunks, r.old.chunks, l.vanish) || over(r.vanished.bytes, r.old.bytes, l.vanish))
-	if sudden {
+	// Together: a thief would take some of each.
+	lost := totals{r.vanished.chunks + r.rewritten.chunks, r.vanished.bytes + r.rewritten.bytes}
+	everything := lost.chunks > 0 && lost.chunks == r.old.chunks
+	sudden = everything || lost.chunks > few && (over(lost.chunks, r.old.chunks, l.vanish) || over(lost.bytes, r.old.bytes, l.vanish))
+	if sudden && r.vanished.chunks > 0 {
 		f.add("%s of %s chunks (%s) that archives used are gone, %s of %s. A usual prune takes less than %d %%: many archives were deleted, or segments are missing.",
 			count(r.vanished.chunks), count(r.old.chunks), percent(r.vanished.chunks, r.old.chunks), size(r.vanished.bytes), size(r.old.bytes), l.vanish)
 	}
-	if r.rewritten.chunks > few && (over(r.rewritten.chunks, r.old.chunks, l.change) || over(r.rewritten.bytes, r.old.bytes, l.change)) {
-		f.add("%s of %s chunks (%s) have other data under their old names. Only \"borg recreate --recompress\" does that; otherwise somebody puts junk in their place.",
-			count(r.rewritten.chunks), count(r.old.chunks), percent(r.rewritten.chunks, r.old.chunks))
+	if sudden && r.rewritten.chunks > 0 {
+		f.add("%s of %s chunks (%s) have other data under their old names, %s of %s. Only \"borg recreate --recompress\" does that; otherwise somebody puts junk in their place.",
+			count(r.rewritten.chunks), count(r.old.chunks), percent(r.rewritten.chunks, r.old.chunks), size(r.rewritten.bytes), size(r.old.bytes))
 	}
 	return sudden
 }
@@ -268,7 +270,7 @@ func (r *comparison) judge(l limits, f *findings) (sudden bool) {
 func slowly(a *anchor, lost, sampled totals, l limits, f *findings) {
 	limit := l.cumulative()
 	if lost.chunks > few && (over(lost.chunks, sampled.chunks, limit) || over(lost.bytes, sampled.bytes, limit)) {
-		f.add("Of what archives used on %s, %s of the chunks and %s of the bytes are gone by now, a part with each push. Within %d days less than %d %% is usual.",
+		f.add("Of what archives used on %s, %s of the chunks and %s of the bytes are gone or replaced by now, a part with each push. Within %d days less than %d %% is usual.",
 			a.at.UTC().Format("2 January"), percent(lost.chunks, sampled.chunks), percent(lost.bytes, sampled.bytes), int(window/(24*time.Hour)), limit)
 	}
 }

@@ -57,7 +57,7 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 			t.new.add(d.New.Size)
 			w.see(&d.New)
 			if fresh != nil {
-				fresh.offer(item{key: sumKey(&d.New), name: nameKey(fresh.secret, d.New.Path), size: uint64(d.New.Size)})
+				fresh.offer(item{key: sumKey(&d.New), other: nameKey(fresh.secret, d.New.Path), size: uint64(d.New.Size)})
 			}
 		}
 		t.take(&d)
@@ -186,7 +186,7 @@ func newWitness(a *anchor) *witness {
 	}
 	w.where, w.bytes = make([]bool, len(a.items)), make([]bool, len(a.items))
 	for i, item := range a.items {
-		w.names = append(w.names, place{item.name, int32(i)})
+		w.names = append(w.names, place{item.other, int32(i)})
 	}
 	slices.SortFunc(w.names, func(a, b place) int { return cmp.Compare(a.name, b.name) })
 	return w

@@ -43,10 +43,13 @@ type disk struct {
 	n       int
 	current *generations.Generation
 	opened  []string // what the judge opened of the candidate
+
+	objects map[manifest.Sum]string // where a content lies
+	files   map[string]string       // a generation's file, FOLDER/PATH, to where its content lies
 }
 
 func newDisk(t testing.TB, config Config) *disk {
-	d := &disk{t: t, dir: t.TempDir(), clock: time.Date(2026, 5, 1, 3, 0, 0, 0, time.UTC)}
+	d := &disk{t: t, dir: t.TempDir(), clock: time.Date(2026, 5, 1, 3, 0, 0, 0, time.UTC), objects: map[manifest.Sum]string{}, files: map[string]string{}}
 	if err := os.Mkdir(filepath.Join(d.dir, "scratch"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -59,6 +62,7 @@ func newDisk(t testing.TB, config Config) *disk {
 		config.Now = func() time.Time { return d.clock }
 	}
 	d.judge = New(config, slog.New(slog.NewTextHandler(logWriter{t}, nil)))
+	d.judge.bits = 10
 	return d
 }
 
@@ -82,9 +86,8 @@ func (d *disk) write(tr tree, kind string) (*generations.Generation, pushwire.Of
 			all = append(all, manifest.Entry{Path: dir, Kind: manifest.Folder, Mode: 0o700})
 		}
 		all = append(all, manifest.Entry{Path: path, Kind: manifest.File, Mode: 0o600, Size: int64(len(content)), Sum: sum(content)})
-		to := filepath.Join(dir, "files", path)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, content, 0o600)); err != nil {
-			d.t.Fatal(err)
+		if kind == pushwire.KindBorg1 {
+			d.files[fmt.Sprint(d.n)+"/"+path] = d.object(content)
 		}
 	}
 	slices.SortFunc(all, func(a, b manifest.Entry) int { return manifest.ComparePaths(a.Path, b.Path) })
@@ -112,6 +115,26 @@ func (d *disk) write(tr tree, kind string) (*generations.Generation, pushwire.Of
 	}
 	g := &generations.Generation{Name: generations.Name(int64(d.n), d.clock), Kind: kind, Committed: d.clock, RepositoryID: offer.RepositoryID, Standing: generations.Good}
 	return g, offer
+}
+
+// object writes a content, once.
+func (d *disk) object(content []byte) string {
+	s := sum(content)
+	if d.objects[s] == "" {
+		d.objects[s] = filepath.Join(d.dir, s.String())
+		if err := os.WriteFile(d.objects[s], content, 0o600); err != nil {
+			d.t.Fatal(err)
+		}
+	}
+	return d.objects[s]
+}
+
+func (d *disk) open(folder, path string) (*os.File, error) {
+	at, ok := d.files[folder+"/"+path]
+	if !ok {
+		return nil, &os.PathError{Op: "open", Path: path, Err: os.ErrNotExist}
+	}
+	return os.Open(at)
 }
 
 func sum(b []byte) manifest.Sum {
@@ -153,7 +176,7 @@ func (d *disk) judgeIt(ctx context.Context, g *generations.Generation, offer pus
 		New: list(folder),
 		Open: func(path string) (*os.File, error) {
 			d.opened = append(d.opened, path)
-			return os.Open(filepath.Join(d.dir, folder, "files", path))
+			return d.open(folder, path)
 		},
 	}
 	if d.current != nil {
@@ -161,7 +184,7 @@ func (d *disk) judgeIt(ctx context.Context, g *generations.Generation, offer pus
 		c.Old = list(old)
 		c.OpenOld = func(path string) (*os.File, error) {
 			d.opened = append(d.opened, "old/"+path)
-			return os.Open(filepath.Join(d.dir, old, "files", path))
+			return d.open(old, path)
 		}
 	}
 	v, err := d.judge.Judge(ctx, c)
@@ -312,10 +335,17 @@ func TestBorgRules(t *testing.T) {
 				junk = append(junk, op{borgsegment.Put, k + 1, 1000, 77})
 			}
 			return t.commit(11, append(junk, archives(2))...)
-		}, want: []string{"300 of 400 chunks (75 %) have other data under their old names"}},
+		}, want: []string{"300 of 400 chunks (75 %) have other data under their old names, 312 kB of 416 kB"}},
+		{name: "some go and some are replaced", do: func(t tree) tree {
+			var junk []op
+			for k := range uint64(40) {
+				junk = append(junk, op{borgsegment.Put, k + 1, 1000, 77})
+			}
+			return t.commit(11, slices.Concat(junk, ops(del, between(101, 140)...), []op{archives(2)})...)
+		}, want: []string{"40 of 400 chunks (10 %) that archives used", "40 of 400 chunks (10 %) have other data"}},
 		{name: "recreate --recompress of a part", do: func(t tree) tree {
 			var again []op
-			for k := range uint64(100) {
+			for k := range uint64(60) {
 				again = append(again, put(k+1, 800))
 			}
 			return t.commit(11, append(again, archives(2))...)
@@ -567,8 +597,14 @@ func TestPatience(t *testing.T) {
 	}
 }
 
-// A tenth a day, each time with as much junk put in its place.
+// A tenth a day, each time with as much junk put in its place: as other chunks, or
+// under the old names.
 func TestSlowLoss(t *testing.T) {
+	t.Run("deleted", func(t *testing.T) { slowLoss(t, false) })
+	t.Run("replaced", func(t *testing.T) { slowLoss(t, true) })
+}
+
+func slowLoss(t *testing.T, replace bool) {
 	d := newDisk(t, Config{})
 	tr := borg()
 	d.push(tr, pushwire.KindBorg1)
@@ -579,7 +615,11 @@ func TestSlowLoss(t *testing.T) {
 		for k := range uint64(40) {
 			junk = append(junk, put(uint64(day)*10_000+k, 1000))
 		}
-		tr = tr.clone().commit(10+day, slices.Concat(ops(del, between(first, first+39)...), junk, []op{archives(byte(day + 1))})...)
+		gone := ops(del, between(first, first+39)...)
+		if replace {
+			junk, gone = nil, ops(func(k uint64) op { return op{borgsegment.Put, k, 1000, 77} }, between(first, first+39)...)
+		}
+		tr = tr.clone().commit(10+day, slices.Concat(gone, junk, []op{archives(byte(day + 1))})...)
 		v := d.push(tr, pushwire.KindBorg1)
 		if v.Suspect {
 			caught = day
@@ -671,9 +711,7 @@ func TestUnreadable(t *testing.T) {
 	d.push(borg(), pushwire.KindBorg1)
 	tr := borg().commit(11, archives(2))
 	g, offer := d.write(tr, pushwire.KindBorg1)
-	if err := os.Remove(filepath.Join(d.dir, fmt.Sprint(d.n), "files/data/0/11")); err != nil {
-		t.Fatal(err)
-	}
+	delete(d.files, fmt.Sprint(d.n)+"/data/0/11")
 	if v, err := d.judgeIt(t.Context(), g, offer, fmt.Sprint(d.n)); err == nil {
 		t.Errorf("%+v", v)
 	}

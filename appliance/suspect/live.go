@@ -36,10 +36,10 @@ func (t *table) reset() {
 // chance that nobody will see.
 const manifestKey = 0
 
-// alive reports whether the chunk is there now.
-func (t *table) alive(key uint64) bool {
+// has reports whether the chunk is there now, with that entry.
+func (t *table) has(key, entry uint64) bool {
 	i := t.slot(key)
-	return t.key[i] == key && t.new[i] != 0
+	return t.key[i] == key && t.new[i] == entry
 }
 
 // slot is where key lies, or where it may be put. No key is 0.

@@ -55,6 +55,7 @@ type Judge struct {
 	config Config
 	log    *slog.Logger
 	turn   chan struct{}
+	bits   uint // of tables; tests have small ones
 }
 
 var _ generations.Judge = (*Judge)(nil)
@@ -73,7 +74,7 @@ func New(config Config, log *slog.Logger) *Judge {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Judge{config: config, log: log, turn: make(chan struct{}, 1)}
+	return &Judge{config: config, log: log, turn: make(chan struct{}, 1), bits: tableBits}
 }
 
 // Judge implements generations.Judge.
