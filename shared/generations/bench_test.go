@@ -91,7 +91,12 @@ func (w wide) upload(out io.Writer, needed *manifest.Set) error {
 // offer begins a push with the manifest from a file.
 func (w wide) offer(tb testing.TB, s *generations.Store, path string) (generations.Answer, *generations.Transaction) {
 	tb.Helper()
-	offer := w.manifest(tb, path)
+	return w.begin(tb, s, path, w.manifest(tb, path))
+}
+
+// begin is offer when the manifest is written already.
+func (w wide) begin(tb testing.TB, s *generations.Store, path string, offer pushwire.Offer) (generations.Answer, *generations.Transaction) {
+	tb.Helper()
 	answer, tx, err := s.Begin(tb.Context(), generations.Request{Repository: "wide", Offer: offer, Pusher: "home"})
 	if err != nil {
 		tb.Fatal(err)

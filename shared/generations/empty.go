@@ -76,14 +76,20 @@ func (e *emptier) step() error {
 		rest = took * pushRest
 	}
 	e.s.mu.Unlock()
-	t := time.NewTimer(min(rest, longRest))
+	err := e.s.rest(e.ctx, min(rest, longRest))
+	e.since = time.Now()
+	return err
+}
+
+// rest waits, but not longer than ctx lasts.
+func rest(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
-		e.since = time.Now()
 		return nil
-	case <-e.ctx.Done():
-		return context.Cause(e.ctx)
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 

@@ -111,6 +111,7 @@ type Store struct {
 
 	emptying chan struct{} // holds one token while something in going/ is emptied
 	unit     int           // countUnit
+	rest     func(context.Context, time.Duration) error
 
 	rot       rotList
 	records   sync.Mutex // one writer of records at a time
@@ -130,7 +131,7 @@ func Open(path string, opt Options) (*Store, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}, held: map[string]int{}, emptying: make(chan struct{}, 1), unit: countUnit}
+	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}, held: map[string]int{}, emptying: make(chan struct{}, 1), unit: countUnit, rest: rest}
 	if err := s.open(path); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open store of generations: %w", err)
