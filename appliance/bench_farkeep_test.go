@@ -36,6 +36,11 @@ type benchAppliance struct {
 	restore string // a restore key, a file
 	pusher  string // the program
 	parts   []int  // pids of keeper and receiver
+
+	bin      string
+	header   part.Header
+	settings *settings.Appliance
+	running  map[string]*exec.Cmd
 }
 
 // buildPrograms builds the programs as "make all" does, into dir.
@@ -75,7 +80,13 @@ func freePort(b testing.TB) int {
 // asked for.
 func startAppliance(b testing.TB, dir, bin, diskSize string, keys ...settings.ReceiverKey) *benchAppliance {
 	b.Helper()
+	return startApplianceWith(b, dir, bin, diskSize, settings.History{}, keys...)
+}
+
+func startApplianceWith(b testing.TB, dir, bin, diskSize string, kept settings.History, keys ...settings.ReceiverKey) *benchAppliance {
+	b.Helper()
 	a := &benchAppliance{
+		bin:   bin,
 		paths: part.Paths{Run: filepath.Join(dir, "run"), State: filepath.Join(dir, "state"), Media: filepath.Join(dir, "media")},
 		port:  freePort(b), key: filepath.Join(dir, "push_key"), pusher: filepath.Join(dir, "farkeep-pusher"),
 	}
@@ -87,13 +98,14 @@ func startAppliance(b testing.TB, dir, bin, diskSize string, keys ...settings.Re
 	a.restore = filepath.Join(dir, "restore_key")
 	must(b, os.WriteFile(a.restore, []byte(private.Reveal()), 0o600))
 	s := &settings.Appliance{
-		Name: "attic", Identity: settings.Identity{HostKey: host}, VPN: settings.VPN{Interface: "lo"},
+		Name: "attic", Identity: settings.Identity{HostKey: host}, VPN: settings.VPN{Interface: "lo"}, History: kept,
 		Receiver: settings.Receiver{Port: a.port, Keys: append([]settings.ReceiverKey{
 			{Name: "home", Role: "push", PublicKey: pushKey, Repositories: []string{"*"}},
 			{Name: "restore", Role: "restore", PublicKey: restoreKey},
 		}, keys...)},
 	}
 	h := part.Header{Host: s.Name, Paths: a.paths}
+	a.header, a.settings = h, s
 	must(b, (&system{header: h}).makeFolders())
 	mountTmpfs(b, a.paths.Disk(), diskSize)
 	must(b, os.Chown(a.paths.Disk(), part.KeeperUID, part.KeeperUID)) // as the disk part does
@@ -171,14 +183,21 @@ func (a *benchAppliance) startPart(b testing.TB, bin, name string, h part.Header
 	cmd.SysProcAttr = p.profile(h).Attr()
 	must(b, cmd.Start())
 	a.parts = append(a.parts, cmd.Process.Pid)
+	if a.running == nil {
+		a.running = map[string]*exec.Cmd{}
+	}
+	a.running[name] = cmd
 	briefOut.Close()
 	aliveIn.Close()
 	b.Cleanup(func() {
+		defer aliveOut.Close()
+		if cmd.ProcessState != nil { // killed by the test
+			return
+		}
 		err := cmd.Process.Signal(unix.SIGTERM)
 		if ended := cmd.Wait(); err != nil || ended != nil {
 			b.Errorf("part %s: %v, %v", name, err, ended)
 		}
-		aliveOut.Close()
 		if b.Failed() {
 			b.Logf("log of %s:\n%s", name, log)
 		}
@@ -186,6 +205,14 @@ func (a *benchAppliance) startPart(b testing.TB, bin, name string, h part.Header
 	go io.Copy(io.Discard, aliveOut)
 	must(b, part.Send(briefIn, h, p.brief(s)))
 	must(b, briefIn.Close())
+}
+
+// kill ends a part as no program can end itself.
+func (a *benchAppliance) kill(b testing.TB, name string) {
+	b.Helper()
+	cmd := a.running[name]
+	must(b, cmd.Process.Kill())
+	_ = cmd.Wait() // "signal: killed"
 }
 
 // site is a pusher's configuration for one repository, with a memory of its own.
