@@ -66,6 +66,7 @@ PermitRootLogin prohibit-password
 StrictModes no
 PidFile none
 UsePAM no
+Subsystem sftp /usr/lib/openssh/sftp-server
 `, port, file("host_key", host.Reveal()), file("authorized_keys", userPublic+"\n")))
 
 	log := &output{}
