@@ -92,6 +92,18 @@ func TestScripts(t *testing.T) {
 					ts.Setenv(args[1], strings.TrimSpace(public))
 				}
 			},
+			// suspect FOLDER REPOSITORY NUMBER marks a generation, as its commit would have.
+			"suspect": func(ts *testscript.TestScript, _ bool, args []string) {
+				found, err := filepath.Glob(filepath.Join(ts.MkAbs(args[0]), "generations", args[1], "*0"+args[2]+"-*", "generation.toml"))
+				if err != nil || len(found) != 1 {
+					ts.Fatalf("generation %s: %q, %v", args[2], found, err)
+				}
+				text, err := os.ReadFile(found[0])
+				ts.Check(err)
+				changed := strings.Replace(string(text), "suspect = false\n", "suspect = true\nsuspect_reasons = ['Everything is gone.']\n", 1)
+				ts.Check(os.Remove(found[0]))
+				ts.Check(os.WriteFile(found[0], []byte(changed), 0o444))
+			},
 			// holdlock makes a lock that nobody will ever release.
 			"holdlock": func(ts *testscript.TestScript, _ bool, args []string) {
 				dir := filepath.Join(ts.MkAbs(args[0]), "lock.exclusive")

@@ -16,7 +16,7 @@ import (
 
 	"farkeep/pusher/appliance"
 	"farkeep/pusher/directory"
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
 	"farkeep/shared/pushwire"
@@ -48,8 +48,8 @@ func (r *reading) choose(cmd *cobra.Command) {
 }
 
 // wanted is the generation that was asked for.
-func (r *reading) wanted(name string) (history.Wanted, error) {
-	w := history.Wanted{Name: name, EvenSuspect: r.evenSuspect}
+func (r *reading) wanted(name string) (readback.Wanted, error) {
+	w := readback.Wanted{Name: name, EvenSuspect: r.evenSuspect}
 	if r.at == "" {
 		return w, nil
 	}
@@ -84,16 +84,16 @@ func (r *reading) split(args []string) (generation string, rest []string) {
 func isPath(target string) bool { return strings.ContainsRune(target, '/') || target == "." }
 
 // sources makes the sources with these names; none means all of the site.
-func (at *places) sources(r *reading, names []string, env *Env, log *slog.Logger) ([]history.Source, error) {
+func (at *places) sources(r *reading, names []string, env *Env, log *slog.Logger) ([]readback.Source, error) {
 	if len(names) == 1 && isPath(names[0]) {
-		return []history.Source{directory.NewReader(names[0], names[0])}, nil
+		return []readback.Source{directory.NewReader(names[0], names[0])}, nil
 	}
 	s, err := at.readSite()
 	if err != nil {
 		return nil, err
 	}
 	wanted := func(name string) bool { return len(names) == 0 || slices.Contains(names, name) }
-	var all []history.Source
+	var all []readback.Source
 	var known []string
 	var signer ssh.Signer
 	for _, a := range s.Appliances {
@@ -180,7 +180,7 @@ func (at *places) readRestoreKey(r *reading, env *Env) (ssh.Signer, error) {
 
 // one is a generation of a source, found.
 type one struct {
-	source     history.Source
+	source     readback.Source
 	generation pushwire.Generation
 }
 
@@ -206,7 +206,7 @@ func (at *places) find(cmd *cobra.Command, r *reading, target, repository, gener
 	return &one{source, chosen}, nil
 }
 
-func choose(cmd *cobra.Command, source history.Source, repository string, w history.Wanted, say io.Writer) (pushwire.Generation, error) {
+func choose(cmd *cobra.Command, source readback.Source, repository string, w readback.Wanted, say io.Writer) (pushwire.Generation, error) {
 	ctx := cmd.Context()
 	if err := source.Wake(ctx); err != nil {
 		return pushwire.Generation{}, err
@@ -215,14 +215,14 @@ func choose(cmd *cobra.Command, source history.Source, repository string, w hist
 	if err != nil {
 		return pushwire.Generation{}, err
 	}
-	chosen, passed, err := history.Choose(list, w)
+	chosen, passed, err := readback.Choose(list, w)
 	if err != nil {
 		return chosen, fmt.Errorf("%s of %s: %w", repository, source.Name(), err)
 	}
 	for _, g := range passed {
 		fmt.Fprintf(say, "%s: passed over: generation %s of %s is %s\n", program, g.Name, repository, standing(g))
 	}
-	if history.Doubtful(chosen) {
+	if readback.Doubtful(chosen) {
 		fmt.Fprintf(say, "%s: generation %s of %s is %s\n", program, chosen.Name, repository, standing(chosen))
 		for _, reason := range chosen.Reasons {
 			fmt.Fprintf(say, "%s: %s\n", program, reason)

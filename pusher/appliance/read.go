@@ -12,14 +12,14 @@ import (
 
 	"github.com/pkg/sftp"
 
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
 	"farkeep/shared/sshverb"
 )
 
-var _ history.Source = (*Appliance)(nil)
+var _ readback.Source = (*Appliance)(nil)
 
 // maxGenerations bounds a list of generations.
 const maxGenerations = 1_000_000
@@ -32,7 +32,7 @@ const silence = 3 * time.Minute
 // x/crypto/ssh lets a channel hold (2 MiB). More would wait in a queue.
 const window = 64
 
-// Generations implements history.Source.
+// Generations implements readback.Source.
 func (a *Appliance) Generations(ctx context.Context, repository string) ([]pushwire.Generation, error) {
 	if repository != "" {
 		if err := pushwire.CheckRepository(repository); err != nil {
@@ -75,8 +75,8 @@ func generations(ctx context.Context, client *sshverb.Client, repository string)
 	}
 }
 
-// Open implements history.Source.
-func (a *Appliance) Open(ctx context.Context, repository, generation string) (history.Tree, error) {
+// Open implements readback.Source.
+func (a *Appliance) Open(ctx context.Context, repository, generation string) (readback.Tree, error) {
 	client, err := a.connected(ctx)
 	if err != nil {
 		return nil, err
@@ -156,7 +156,7 @@ func (t *tree) watchSilence() {
 	}
 }
 
-// Manifest implements history.Tree.
+// Manifest implements readback.Tree.
 func (t *tree) Manifest() (io.ReadCloser, error) {
 	f, err := t.open(t.top + "/MANIFEST")
 	if err != nil {
@@ -168,8 +168,8 @@ func (t *tree) Manifest() (io.ReadCloser, error) {
 	}{io.NewSectionReader(f, 0, manifest.MaxEntries*int64(manifest.MaxEntry)), f}, nil
 }
 
-// File implements history.Tree.
-func (t *tree) File(path string) (history.File, error) {
+// File implements readback.Tree.
+func (t *tree) File(path string) (readback.File, error) {
 	if err := manifest.CheckPath(path); err != nil {
 		return nil, err
 	}
@@ -186,10 +186,10 @@ func (t *tree) open(path string) (*file, error) {
 	return &file{t, f}, nil
 }
 
-// Lost implements history.Tree.
+// Lost implements readback.Tree.
 func (t *tree) Lost() <-chan struct{} { return t.lost }
 
-// Close implements history.Tree.
+// Close implements readback.Tree.
 func (t *tree) Close() error {
 	t.once.Do(func() {
 		close(t.closed)

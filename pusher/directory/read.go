@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/shared/beneath"
 	"farkeep/shared/generations"
 	"farkeep/shared/hint"
@@ -22,15 +22,15 @@ type Reader struct {
 	name, path string
 }
 
-var _ history.Source = (*Reader)(nil)
+var _ readback.Source = (*Reader)(nil)
 
 // NewReader returns the reader of the folder at path without touching it.
 func NewReader(name, path string) *Reader { return &Reader{name, path} }
 
-// Name implements history.Source.
+// Name implements readback.Source.
 func (r *Reader) Name() string { return r.name }
 
-// Wake implements history.Source.
+// Wake implements readback.Source.
 func (r *Reader) Wake(context.Context) error {
 	store, err := r.open()
 	if err != nil {
@@ -39,7 +39,7 @@ func (r *Reader) Wake(context.Context) error {
 	return store.Close()
 }
 
-// Close implements history.Source.
+// Close implements readback.Source.
 func (r *Reader) Close() error { return nil }
 
 func (r *Reader) wrap(err error) error { return (&Directory{config: Config{Name: r.name}}).wrap(err) }
@@ -52,7 +52,7 @@ func (r *Reader) open() (*generations.Store, error) {
 	return store, r.wrap(err)
 }
 
-// Generations implements history.Source.
+// Generations implements readback.Source.
 func (r *Reader) Generations(ctx context.Context, repository string) ([]pushwire.Generation, error) {
 	store, err := r.open()
 	if err != nil {
@@ -92,8 +92,8 @@ func wire(g generations.Generation) pushwire.Generation {
 	return w
 }
 
-// Open implements history.Source.
-func (r *Reader) Open(ctx context.Context, repository, generation string) (history.Tree, error) {
+// Open implements readback.Source.
+func (r *Reader) Open(ctx context.Context, repository, generation string) (readback.Tree, error) {
 	if err := pushwire.CheckRepository(repository); err != nil {
 		return nil, hint.Exit(hint.ExitUsage, err)
 	}
@@ -122,11 +122,11 @@ type tree struct {
 	once sync.Once
 }
 
-// Manifest implements history.Tree.
+// Manifest implements readback.Tree.
 func (t *tree) Manifest() (io.ReadCloser, error) { return t.file(generations.ManifestFile) }
 
-// File implements history.Tree.
-func (t *tree) File(path string) (history.File, error) {
+// File implements readback.Tree.
+func (t *tree) File(path string) (readback.File, error) {
 	if err := manifest.CheckPath(path); err != nil {
 		return nil, err
 	}
@@ -134,7 +134,7 @@ func (t *tree) File(path string) (history.File, error) {
 }
 
 func (t *tree) file(path string) (interface {
-	history.File
+	readback.File
 	io.Reader
 }, error) {
 	t.mu.RLock()
@@ -149,10 +149,10 @@ func (t *tree) file(path string) (interface {
 	return f, nil
 }
 
-// Lost implements history.Tree.
+// Lost implements readback.Tree.
 func (t *tree) Lost() <-chan struct{} { return t.lost }
 
-// Close implements history.Tree.
+// Close implements readback.Tree.
 func (t *tree) Close() error {
 	t.once.Do(func() { close(t.lost) })
 	t.mu.Lock()

@@ -10,7 +10,7 @@ import (
 	"log/slog"
 	"sync"
 
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/shared/manifest"
 )
 
@@ -48,7 +48,7 @@ type block struct {
 type remote struct {
 	node  int32
 	ready chan struct{} // closed when file or err is there
-	file  history.File
+	file  readback.File
 	err   error
 	users int
 	turn  *list.Element // in cache.idle; nil while there are users
@@ -63,7 +63,7 @@ type check struct {
 // cache holds blocks of files, the last used ones, and fetches others.
 type cache struct {
 	ctx   context.Context
-	tree  history.Tree
+	tree  readback.Tree
 	index *index
 	limit int // blocks
 	log   *slog.Logger
@@ -79,7 +79,7 @@ type cache struct {
 	wrong  map[int32]bool
 }
 
-func newCache(ctx context.Context, tree history.Tree, x *index, bytes int64, log *slog.Logger) *cache {
+func newCache(ctx context.Context, tree readback.Tree, x *index, bytes int64, log *slog.Logger) *cache {
 	return &cache{
 		ctx: ctx, tree: tree, index: x, limit: int(max(bytes/blockSize, 2*maxAhead)), log: log,
 		blocks: map[blockKey]*block{}, order: list.New(), open: map[int32]*remote{}, idle: list.New(),

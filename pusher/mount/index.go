@@ -6,7 +6,7 @@ import (
 	"slices"
 	"strings"
 
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
 )
@@ -26,7 +26,7 @@ type node struct {
 // index is a generation's manifest in memory; nodes[0] is its top.
 type index struct{ nodes []node }
 
-func readIndex(t history.Tree, g pushwire.Generation) (*index, error) {
+func readIndex(t readback.Tree, g pushwire.Generation) (*index, error) {
 	x := &index{nodes: []node{{kind: manifest.Folder, mode: 0o755, mtime: g.Committed.UnixNano()}}}
 	// The folders from the top to the one that entries go into. A manifest lists a
 	// folder's content right after it.
@@ -35,7 +35,7 @@ func readIndex(t history.Tree, g pushwire.Generation) (*index, error) {
 		at   int32
 	}
 	stack := []level{{"", 0}}
-	_, err := history.ReadManifest(t, g, func(e manifest.Entry) error {
+	_, err := readback.ReadManifest(t, g, func(e manifest.Entry) error {
 		if len(x.nodes) == math.MaxInt32 {
 			return fmt.Errorf("more than %d files and folders", math.MaxInt32)
 		}

@@ -27,7 +27,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
@@ -38,7 +38,7 @@ const DefaultCache = 64 << 20
 
 // Mount says what is shown where.
 type Mount struct {
-	Tree       history.Tree
+	Tree       readback.Tree
 	Generation pushwire.Generation
 	Folder     string // must exist
 	Cache      int64  // bytes; 0 means DefaultCache

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/pusher/target"
 	"farkeep/shared/beneath"
 	"farkeep/shared/manifest"
@@ -37,7 +37,7 @@ const (
 func partName(index int64) string { return strconv.FormatInt(index, 10) }
 
 // content makes every folder and file, as far as the run has not done so.
-func (r *run) content(ctx context.Context, tree history.Tree, list *os.File) error {
+func (r *run) content(ctx context.Context, tree readback.Tree, list *os.File) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(filesAtOnce)
 	f := &fetcher{
@@ -211,7 +211,7 @@ func (r *run) fetch(ctx context.Context, f *fetcher, parent *beneath.Dir, name s
 
 // fetcher reads files of a tree.
 type fetcher struct {
-	tree    history.Tree
+	tree    readback.Tree
 	flying  *semaphore.Weighted
 	buffers sync.Pool
 	arrived func(n int64) // may be negative: what was counted was for nothing

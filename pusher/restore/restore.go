@@ -34,8 +34,8 @@ import (
 	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/sys/unix"
 
-	"farkeep/pusher/history"
 	"farkeep/pusher/progress"
+	"farkeep/pusher/readback"
 	"farkeep/pusher/target"
 	"farkeep/shared/beneath"
 	"farkeep/shared/hint"
@@ -48,7 +48,7 @@ const MaxBad = 1000
 
 // Restore says what goes where.
 type Restore struct {
-	Source     history.Source
+	Source     readback.Source
 	Generation pushwire.Generation
 	// Paths are files and folders of the generation; none means everything.
 	Paths []string
@@ -266,9 +266,9 @@ func (r *run) attempt(ctx context.Context) error {
 }
 
 // fetchList brings the manifest over, unless it is there.
-func (r *run) fetchList(tree history.Tree) (*os.File, error) {
+func (r *run) fetchList(tree readback.Tree) (*os.File, error) {
 	check := func(f io.Reader) error {
-		_, err := history.Entries(f, r.Generation, func(manifest.Entry) error { return nil })
+		_, err := readback.Entries(f, r.Generation, func(manifest.Entry) error { return nil })
 		return err
 	}
 	f, _, err := r.state.Open("MANIFEST")
@@ -302,7 +302,7 @@ func (r *run) each(list *os.File, do func(index int64, e manifest.Entry) error) 
 		return err
 	}
 	index := int64(-1)
-	_, err := history.Entries(list, r.Generation, func(e manifest.Entry) error {
+	_, err := readback.Entries(list, r.Generation, func(e manifest.Entry) error {
 		index++
 		if !r.wanted(e) {
 			return nil

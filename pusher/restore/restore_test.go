@@ -19,7 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"farkeep/pusher/history"
+	"farkeep/pusher/readback"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
@@ -91,7 +91,7 @@ func (m *memory) Generations(context.Context, string) ([]pushwire.Generation, er
 	return []pushwire.Generation{m.generation}, nil
 }
 
-func (m *memory) Open(context.Context, string, string) (history.Tree, error) {
+func (m *memory) Open(context.Context, string, string) (readback.Tree, error) {
 	m.opens.Add(1)
 	return tree{m}, nil
 }
@@ -101,8 +101,8 @@ type tree struct{ *memory }
 func (m tree) Manifest() (io.ReadCloser, error) {
 	return io.NopCloser(bytes.NewReader(m.list)), nil
 }
-func (m tree) File(path string) (history.File, error) { return file{m.memory, path}, nil }
-func (m tree) Lost() <-chan struct{}                  { return nil }
+func (m tree) File(path string) (readback.File, error) { return file{m.memory, path}, nil }
+func (m tree) Lost() <-chan struct{}                   { return nil }
 
 type file struct {
 	m    *memory

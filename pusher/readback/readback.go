@@ -1,10 +1,10 @@
-// Package history says what reading generations back needs of the place that
+// Package readback says what reading generations back needs of the place that
 // keeps them: an appliance, or a local folder.
 //
 // What is read is another machine's word. A [Tree]'s manifest carries a hash of
 // every file; whoever writes or shows files of a Tree compares (packages restore
 // and mount), and takes no name but those that package manifest lets through.
-package history
+package readback
 
 import (
 	"bufio"
