@@ -351,6 +351,9 @@ func (s *Store) sweepIncoming(ctx context.Context) error {
 }
 
 func (s *Store) sweepPush(repository string) error {
+	// Asked before the gate is taken: whoever answers may wait for somebody who
+	// closes a push, which takes the gate.
+	clockSet := s.opt.ClockSet()
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	dir, err := s.incoming.Dir(repository)
@@ -364,9 +367,11 @@ func (s *Store) sweepPush(repository string) error {
 		}
 		return err
 	}
-	idle, err := s.idle(dir)
-	if err != nil {
-		return err
+	idle := false
+	if clockSet {
+		if idle, err = s.idle(dir); err != nil {
+			return err
+		}
 	}
 	if idle {
 		s.opt.Log.Info("an upload that was not gone on with is discarded", "repository", repository)
@@ -405,9 +410,6 @@ func (s *Store) sweepName(dir *beneath.Dir, repository string) error {
 
 // idle reports whether nothing was done to an upload for MaxIdle.
 func (s *Store) idle(dir *beneath.Dir) (bool, error) {
-	if !s.opt.ClockSet() {
-		return false, nil
-	}
 	// Every offer makes and removes a name in here, every upload in the others.
 	st, err := dir.StatSelf()
 	if err != nil {
