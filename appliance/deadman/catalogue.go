@@ -197,7 +197,7 @@ var catalogue = []entry{
 			"Somebody on the LAN there answers in the name of the time sources.",
 		},
 		todo: []string{
-			"If the appliance was off or travelled that long, accept the time (docs/network.md says how).",
+			"If the appliance was off or travelled that long, accept the time (docs/history.md says how).",
 			"If not, find out who answers NTP in that LAN. The freeze ends by itself when the time is plausible again.",
 		},
 	},
