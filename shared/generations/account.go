@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"farkeep/shared/beneath"
+	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
 	"farkeep/shared/tomlfile"
 )
@@ -31,8 +32,9 @@ import (
 // movedFile lies beside the generations of a repository.
 const movedFile = ".moved"
 
-// maxMoved bounds it, in bytes; a note takes about 130.
-const maxMoved = 4 << 20
+// maxMoves bounds its notes. Each takes less than 150 bytes, so that the file stays
+// below tomlfile.MaxSize.
+const maxMoves = 6000
 
 type moves struct {
 	Moved []move `toml:"moved"`
@@ -46,20 +48,23 @@ type move struct {
 }
 
 func readMoves(home *beneath.Dir) (moves, error) {
-	var m moves
-	text, err := home.ReadFile(movedFile, maxMoved)
+	text, err := home.ReadFile(movedFile, tomlfile.MaxSize)
 	if errors.Is(err, fs.ErrNotExist) {
-		return m, nil
-	}
-	if err == nil && int64(len(text)) <= tomlfile.MaxSize {
-		err = tomlfile.Parse(movedFile, text, &m)
+		return moves{}, nil
 	}
 	if err != nil {
 		return moves{}, err
 	}
+	return parseMoves(text)
+}
+
+func parseMoves(text []byte) (m moves, err error) {
+	if err := tomlfile.Parse(movedFile, text, &m); err != nil {
+		return moves{}, err
+	}
 	for _, n := range m.Moved {
-		if n.Bytes < 0 {
-			return moves{}, fmt.Errorf("%w: %s/%s charges less than nothing", ErrDamaged, home.Path(), movedFile)
+		if n.Bytes < 0 || n.Bytes > manifest.MaxBytes {
+			return moves{}, fmt.Errorf("%w: %s charges %.40q with %d bytes", ErrDamaged, movedFile, n.To, n.Bytes)
 		}
 	}
 	return m, nil
@@ -69,7 +74,7 @@ func readMoves(home *beneath.Dir) (moves, error) {
 func (m *moves) to(name string) (bytes int64) {
 	for _, n := range m.Moved {
 		if n.To == name {
-			bytes += n.Bytes
+			bytes = min(bytes+n.Bytes, manifest.MaxBytes)
 		}
 	}
 	return bytes
@@ -188,6 +193,10 @@ func (a *account) compact(going []string) {
 	}
 	for to, bytes := range left {
 		list = append(list, move{To: to, Bytes: bytes})
+	}
+	if len(list) > maxMoves { // there are not so many generations; the least goes uncharged
+		slices.SortFunc(list, func(x, y move) int { return cmp.Compare(y.Bytes, x.Bytes) })
+		list = list[:maxMoves]
 	}
 	slices.SortFunc(list, func(x, y move) int { return cmp.Or(cmp.Compare(x.To, y.To), cmp.Compare(x.From, y.From)) })
 	a.moves.Moved = list

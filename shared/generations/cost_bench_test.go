@@ -77,7 +77,7 @@ func BenchmarkGeneration(b *testing.B) {
 			list := filepath.Join(b.TempDir(), "list")
 			s := open(b, dir, generations.Options{})
 			var rested time.Duration
-			s.RestWith(func(ctx context.Context, d time.Duration) error {
+			s.RestWith(generations.WorkStretch, func(ctx context.Context, d time.Duration) error {
 				rested += d
 				return ctx.Err()
 			})

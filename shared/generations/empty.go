@@ -55,10 +55,10 @@ type emptier struct {
 // Removing names is work for the journal, of which a disk does only so much beside
 // an upload.
 const (
-	stretch  = 40 * time.Millisecond
-	idleRest = 1
-	pushRest = 4
-	longRest = 2 * time.Second
+	workStretch = 40 * time.Millisecond
+	idleRest    = 1
+	pushRest    = 4
+	longRest    = 2 * time.Second
 )
 
 // step is called before each name that is removed.
@@ -67,7 +67,7 @@ func (e *emptier) step() error {
 		return context.Cause(e.ctx)
 	}
 	took := time.Since(e.since)
-	if took < stretch {
+	if took < e.s.stretch {
 		return nil
 	}
 	e.s.mu.Lock()

@@ -501,6 +501,9 @@ func TestRemoveOnFullDisk(t *testing.T) {
 	dir := tmpfs(t, "32m")
 	s := open(t, dir, generations.Options{})
 	names := history(t, s, "photos", 4)
+	if err := s.WriteRecord("room", map[string]string{"a": "old"}); err != nil {
+		t.Fatal(err)
+	}
 	fill, err := os.Create(filepath.Join(dir, "fill"))
 	if err != nil {
 		t.Fatal(err)
@@ -514,6 +517,10 @@ func TestRemoveOnFullDisk(t *testing.T) {
 	}
 	if err := s.WriteRecord("room", map[string]string{"a": strings.Repeat("b", 8192)}); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("a record on a full disk: %v", err)
+	}
+	var room map[string]string
+	if err := s.ReadRecord("room", &room); err != nil || room["a"] != "old" {
+		t.Errorf("after it the record is %v, %v; want the old one", room, err)
 	}
 	for _, name := range names[:2] {
 		if err := s.Remove(t.Context(), "photos", name); err != nil {
@@ -705,4 +712,174 @@ func TestSweepLeavesNothingBehind(t *testing.T) {
 	for i, g := range list {
 		compare(t, dir, "photos", g.Name, dayTree(int64(i)+1))
 	}
+}
+
+// Expiry rests between names, and a rest that is ended ends it.
+func TestRemoveRests(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, generations.Options{})
+	names := history(t, s, "photos", 3)
+	stop := errors.New("the disk is wanted back")
+	var rests []time.Duration
+	left := 1 << 30
+	s.RestWith(time.Nanosecond, func(_ context.Context, d time.Duration) error {
+		rests = append(rests, d)
+		if left--; left == 0 {
+			return stop
+		}
+		return nil
+	})
+	if err := s.Remove(t.Context(), "photos", names[0]); err != nil || len(rests) < 40 {
+		t.Errorf("%d rests, %v", len(rests), err)
+	}
+	for _, d := range rests {
+		if d <= 0 || d > 2*time.Second {
+			t.Errorf("a rest of %v", d)
+		}
+	}
+	left = 20
+	if err := s.Remove(t.Context(), "photos", names[1]); !errors.Is(err, stop) {
+		t.Errorf("stopped in a rest: %v", err)
+	}
+	if left := going(t, dir); len(left) != 1 {
+		t.Errorf("in going/ is %v", left)
+	}
+	left = 1 << 30
+	if n, err := s.Sweep(t.Context()); n != 1 || err != nil {
+		t.Errorf("swept %d, %v", n, err)
+	}
+	checkCharges(t, dir, s, "photos")
+}
+
+// A retirement that is cut short anywhere is repeated until nothing is left, and
+// touches no other repository.
+func TestRemoveRepositoryCutShort(t *testing.T) {
+	dir := tmpfs(t, "128m")
+	s := open(t, dir, generations.Options{})
+	kept, _ := push(t, s, "docs", dayTree(3))
+	names := history(t, s, "photos", 4)
+	cuts := 0
+	for n := 1; ; n += 7 {
+		err := s.RemoveRepository(newFuse(n), "photos")
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		cuts++
+		s = open(t, dir, generations.Options{})
+		list, err := s.List(t.Context(), "photos")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, g := range list { // the newest are left
+			if want := len(names) - len(list) + i; g.Name != names[want] {
+				t.Errorf("left is %s; want %s", g.Name, names[want])
+			} else {
+				compare(t, dir, "photos", g.Name, dayTree(int64(want)+1))
+			}
+		}
+	}
+	if _, err := s.Sweep(t.Context()); err != nil || cuts < 3 {
+		t.Errorf("%d cuts, then %v", cuts, err)
+	}
+	if left := going(t, dir); len(left) > 0 {
+		t.Errorf("left in going/: %v", left)
+	}
+	compare(t, dir, "docs", kept, dayTree(3))
+	checkCharges(t, dir, s, "docs")
+	if name, _ := push(t, s, "photos", dayTree(1)); !strings.HasPrefix(name, "000005-") {
+		t.Errorf("it came again as %s", name)
+	}
+}
+
+// Whoever fills an inode with names, so that the next generation has to copy, pays
+// for the copies before they are made.
+func TestCopiesCountForQuota(t *testing.T) {
+	dir := tmpfs(t, "64m")
+	s := open(t, dir, generations.Options{})
+	day := tree{}.add("a", noise(1, 100_000)).add("b", noise(2, 100_000))
+	one, _ := push(t, s, "photos", day)
+	for _, name := range []string{"a", "b"} {
+		others := filepath.Join(dir, "others-"+name)
+		if err := os.Mkdir(others, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 64_999 {
+			if err := os.Link(filepath.Join(dir, "generations/photos", one, "files", name), filepath.Join(others, fmt.Sprint(i))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	next := day.clone().add("c", "new")
+	try := func(quota int64) error {
+		list, offer := next.manifest(t)
+		answer, tx, err := s.Begin(t.Context(), generations.Request{Repository: "photos", Offer: offer, Pusher: "home", Quota: quota})
+		if err != nil {
+			return err
+		}
+		defer tx.Close()
+		if answer.Answer == pushwire.AnswerSendManifest {
+			if answer, err = tx.TakeManifest(t.Context(), bytes.NewReader(list)); err != nil {
+				return err
+			}
+		}
+		if _, err := upload(t, tx, next, answer, -1); err != nil {
+			t.Fatal(err)
+		}
+		_, err = tx.Commit(t.Context())
+		return err
+	}
+	const lists = 163
+	needs := int64(200_000 + 2*lists + 3 + 3*lists)
+	var over *generations.QuotaError
+	if err := try(needs + 199_999); !errors.As(err, &over) {
+		t.Errorf("copies over the quota: %v", err)
+	}
+	if list, err := s.List(t.Context(), "photos"); err != nil || len(list) != 1 {
+		t.Errorf("%d generations, %v", len(list), err)
+	}
+	if err := try(needs + 200_000); err != nil {
+		t.Errorf("copies within the quota: %v", err)
+	}
+	if used, err := s.Used(t.Context(), "home"); err != nil || used != needs+200_000 {
+		t.Errorf("%d bytes are used, %v; want %d", used, err, needs+200_000)
+	}
+}
+
+// However .moved was damaged, no generation is charged with less than it brought,
+// nor with more than it shows.
+func FuzzMoved(f *testing.F) {
+	f.Add([]byte(""))
+	f.Add([]byte("[[moved]]\nfrom = '000001-20260101T000000Z'\nto = '000002-20260102T000000Z'\nbytes = 17\n"))
+	f.Add([]byte("[[moved]]\nto = '000002-20260102T000000Z'\nbytes = -1\n"))
+	f.Add([]byte("[[moved]]\nto = '000002-20260102T000000Z'\nbytes = 9223372036854775807\n"))
+	f.Add([]byte("[[moved]]\nto = '000002-20260102T000000Z'\nbytes = 1152921504606846976\n[[moved]]\nto = '000002-20260102T000000Z'\nbytes = 1152921504606846976\n"))
+	f.Add([]byte("moved = 3"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		const bytes = 1000
+		if got, err := generations.Charge(text, "000002-20260102T000000Z", bytes); got < bytes/2 || got > bytes {
+			t.Errorf("charged with %d of %d bytes, %v", got, bytes, err)
+		}
+	})
+}
+
+// A folder in going/ is taken for a generation by one name only.
+func FuzzGoingName(f *testing.F) {
+	f.Add("photos--000001-20261122T080910Z")
+	f.Add("a----000001-20261122T080910Z")
+	f.Add("photos--commit-0123abcd")
+	f.Add("--")
+	f.Add("../x--000001-20261122T080910Z")
+	f.Fuzz(func(t *testing.T, entry string) {
+		repository, name, ok := generations.GoingGeneration(entry)
+		if !ok {
+			return
+		}
+		_, _, err := generations.ParseName(name)
+		if err != nil || repository+"--"+name != entry || pushwire.CheckRepository(repository) != nil || strings.Contains(entry, "/") {
+			t.Errorf("%q was taken for generation %q of %q", entry, name, repository)
+		}
+	})
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"farkeep/shared/beneath"
+	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
 	"farkeep/shared/tomlfile"
 
@@ -111,6 +112,7 @@ type Store struct {
 
 	emptying chan struct{} // holds one token while something in going/ is emptied
 	unit     int           // countUnit
+	stretch  time.Duration // workStretch
 	rest     func(context.Context, time.Duration) error
 
 	rot       rotList
@@ -131,7 +133,7 @@ func Open(path string, opt Options) (*Store, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}, held: map[string]int{}, emptying: make(chan struct{}, 1), unit: countUnit, rest: rest}
+	s := &Store{opt: opt, known: map[string]map[string]Generation{}, promised: map[*Transaction]int64{}, held: map[string]int{}, emptying: make(chan struct{}, 1), unit: countUnit, stretch: workStretch, rest: rest}
 	if err := s.open(path); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open store of generations: %w", err)
@@ -343,8 +345,10 @@ func readIn(folder *beneath.Dir, repository, name string) (Generation, error) {
 	if g.Format != 1 || g.Repository != repository || g.Sequence != sequence {
 		return bare, fmt.Errorf("%w: %s says format %d, repository %q, sequence %d", ErrDamaged, TOMLFile, g.Format, g.Repository, g.Sequence)
 	}
-	if g.NewBytes < 0 || g.Overhead < 0 || g.Bytes < 0 {
-		return bare, fmt.Errorf("%w: %s counts below zero", ErrDamaged, TOMLFile)
+	for _, n := range []int64{g.Bytes, g.NewBytes, g.Overhead} {
+		if n < 0 || n > manifest.MaxBytes {
+			return bare, fmt.Errorf("%w: %s counts %d bytes", ErrDamaged, TOMLFile, n)
+		}
 	}
 	if g.OldReason != "" {
 		g.Reasons, g.OldReason = append(g.Reasons, g.OldReason), ""
