@@ -196,7 +196,11 @@ func offer(ctx context.Context, c *call) error {
 	if err := pushwire.ReadLine(r, &o); err != nil {
 		return hint.Exit(hint.ExitUsage, fmt.Errorf("read the offer: %w", err))
 	}
-	answer, tx, err := store.Begin(ctx, generations.Request{Repository: c.args.Repository, Offer: o, Pusher: c.args.Key, Quota: c.args.Quota})
+	quota, err := c.quota(ctx, store)
+	if err != nil {
+		return err
+	}
+	answer, tx, err := store.Begin(ctx, generations.Request{Repository: c.args.Repository, Offer: o, Pusher: c.args.Key, Quota: quota})
 	if err != nil {
 		return c.whoHolds(ctx, store, err)
 	}

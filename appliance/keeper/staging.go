@@ -46,6 +46,15 @@ func (c *call) peer(say func(string)) staging.Peer {
 	}
 }
 
+// quota is what the key may still have besides its staging copies, for a push.
+func (c *call) quota(ctx context.Context, store *generations.Store) (int64, error) {
+	if c.args.Quota == 0 {
+		return 0, nil
+	}
+	held, err := c.area(store).HeldBy(ctx, c.args.Key)
+	return max(c.args.Quota-held, 1), err
+}
+
 // sftp serves a stock client: what follows its answer is SFTP, both ways.
 func sftp(ctx context.Context, c *call) error {
 	if err := c.pushKey(); err != nil {

@@ -146,7 +146,7 @@ func (f *Frozen) quota() int64 {
 	if f.peer.Quota == 0 {
 		return 0
 	}
-	return max(f.peer.Quota-f.t.area.Held(f.t.key)+f.t.held(), 1)
+	return max(f.peer.Quota-f.t.area.held(f.t.key)+f.t.held(), 1)
 }
 
 // List is the manifest of the copy.
@@ -229,11 +229,6 @@ func (f *Frozen) Committed(ctx context.Context, g generations.Generation) error 
 		return err
 	}
 	defer tree.Close()
-	work, _, err := f.t.home.MakeDir(workFolder, 0o700)
-	if err != nil {
-		return err
-	}
-	defer work.Close()
 	own := folders{root: tree.Files}
 	defer own.close()
 	var alone int64
@@ -252,16 +247,9 @@ func (f *Frozen) Committed(ctx context.Context, g generations.Generation) error 
 			return err
 		}
 		if mine.Ino != theirs.Ino && mine.Size == theirs.Size && mine.Mtim.Sec == theirs.Mtim.Sec {
-			const temp = "same"
-			if err := work.RemoveAll(temp); err != nil {
+			err := f.t.relink(from, dir, name)
+			if !errors.Is(err, unix.EMLINK) {
 				return err
-			}
-			switch err := work.Link(from, name, temp); {
-			case errors.Is(err, unix.EMLINK):
-			case err != nil:
-				return err
-			default:
-				return work.Rename(temp, dir, name)
 			}
 		}
 		if !shared(&mine) {
@@ -563,9 +551,42 @@ func (w *walker) file(dir, base *beneath.Dir, name, path string, st *unix.Stat_t
 	if err != nil {
 		return err
 	}
+	if base != nil && old != nil && sum != old.Sum && leftBehind(st, old) {
+		// History's file rotted and was healed, by a new inode; this name kept the old
+		// one. What the client put there is what was committed.
+		w.f.t.area.log.Error("a file of a staging copy is rotten and is linked anew", "repository", w.f.t.repository, "key", w.f.t.key, "file", path)
+		if err := w.f.t.relink(base, dir, name); err != nil {
+			return err
+		}
+		return w.add(*old)
+	}
 	e.Sum = sum
 	w.f.hashed.add(w.index)
 	return w.add(e)
+}
+
+// leftBehind says whether a file was a generation's once: it has the mode of a
+// committed file, and size and time, to the nanosecond, of the one that history has
+// under its path. With other bytes than that, it is nothing that a client wrote.
+func leftBehind(st *unix.Stat_t, old *manifest.Entry) bool {
+	return old.Kind == manifest.File && st.Size == old.Size && st.Mtim.Nano() == old.MTime && uint32(st.Mode)&0o777 == 0o444|old.Mode&0o111
+}
+
+// relink gives the name in the copy the file of that name in from.
+func (t *tree) relink(from, dir *beneath.Dir, name string) error {
+	work, _, err := t.home.MakeDir(workFolder, 0o700)
+	if err != nil {
+		return err
+	}
+	defer work.Close()
+	const temp = "same"
+	if err := work.RemoveAll(temp); err != nil {
+		return err
+	}
+	if err := work.Link(from, name, temp); err != nil {
+		return err
+	}
+	return work.Rename(temp, dir, name)
 }
 
 func (w *walker) hash(dir *beneath.Dir, name string, st *unix.Stat_t) (sum manifest.Sum, err error) {

@@ -407,7 +407,7 @@ func (s *Session) StatVFS(r *sftp.Request) (*sftp.StatVFS, error) {
 			return nil, s.fail(r, err)
 		}
 		total = min(total, s.peer.Quota)
-		room = max(min(room, s.peer.Quota-used-s.area.Held(s.peer.Key)), 0)
+		room = max(min(room, s.peer.Quota-used-s.area.held(s.peer.Key)), 0)
 	}
 	const block = 4096
 	free, files := uint64(room/block), uint64(max(inodes, 0))

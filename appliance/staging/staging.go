@@ -38,7 +38,7 @@ import (
 )
 
 // Folder is where the copies lie, at the top of the disk.
-const Folder = "staging"
+const Folder = generations.StagingFolder
 
 // Limits.
 const (
@@ -103,9 +103,17 @@ func New(disk string, store *generations.Store, log *slog.Logger) *Area {
 	}
 }
 
-// Held is what the copies of a key hold alone, in bytes, as far as it is known: it
-// counts for the key's quota.
-func (a *Area) Held(key string) int64 {
+// HeldBy is what the copies of a key hold alone, in bytes: it counts for the key's
+// quota.
+func (a *Area) HeldBy(ctx context.Context, key string) (int64, error) {
+	if err := a.countAll(ctx, key); err != nil {
+		return 0, err
+	}
+	return a.held(key), nil
+}
+
+// held is what is known of that; of all keys for "".
+func (a *Area) held(key string) int64 {
 	var sum int64
 	for _, t := range a.of(key) {
 		sum += t.held()

@@ -705,9 +705,12 @@ func TestQuota(t *testing.T) {
 	must(t, c.Chmod("/photos/a", 0o600))
 	b.mustCommit(t, p, "docs")
 
-	// Another run of the keeper counts the same from the disk.
+	// Another run of the keeper counts the same from the disk, whatever comes first.
 	again := openBench(t, b.dir)
 	c, _ = again.client(t, p)
+	if err := c.Chmod("/docs/d", 0o600); err != nil {
+		t.Errorf("a copy of a shared file, within the quota: %v", err)
+	}
 	f, err = c.Create("/photos/more")
 	must(t, err)
 	if _, err := f.Write(make([]byte, 400_000)); err == nil || !strings.Contains(err.Error(), "quota") {
@@ -947,4 +950,33 @@ func TestDiscard(t *testing.T) {
 	if got := treeOf(t, b.copy("photos", "shed")); !slices.Contains(slices.Collect(maps.Keys(got)), "b") {
 		t.Errorf("the other key's copy: %v", got)
 	}
+}
+
+// A file that rotted in history and was healed there is not committed anew with its
+// rotten bytes, because the copy still had the old inode.
+func TestRotStaysOutOfHistory(t *testing.T) {
+	b := newBench(t)
+	p := b.peer("home")
+	c, hangUp := b.client(t, p)
+	put(t, c, "/photos/d/a", "good bytes")
+	put(t, c, "/photos/b", "other")
+	name := b.mustCommit(t, p, "photos")
+	hangUp()
+	history := filepath.Join(b.generation("photos", name), "d", "a")
+	info, err := os.Stat(history)
+	must(t, err)
+	must(t, os.WriteFile(history+".healed", []byte("good bytes"), 0o644))
+	must(t, errors.Join(os.Chmod(history+".healed", info.Mode()), os.Chtimes(history+".healed", info.ModTime(), info.ModTime())))
+	f, err := os.OpenFile(history, os.O_WRONLY, 0) // the inode that the copy shares
+	must(t, err)
+	_, err = f.WriteString("gxxd")
+	must(t, errors.Join(err, f.Close(), os.Chtimes(history, info.ModTime(), info.ModTime()), os.Rename(history+".healed", history)))
+
+	if again, same, err := b.commit(t, p, "photos"); err != nil || !same || again != name {
+		t.Errorf("committed as %s, the same: %v, %v", again, same, err)
+	}
+	if got := treeOf(t, b.copy("photos", "home")); got["d/a"] != "good bytes" {
+		t.Errorf("the copy: %v", got)
+	}
+	b.accounts(t, "photos", "home")
 }

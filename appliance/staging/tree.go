@@ -344,6 +344,14 @@ func folderMode(mode uint32) uint32 { return mode&0o777 | 0o700 }
 // count finds out how much there is, once. What is counted later is kept up to
 // date.
 func (t *tree) count(ctx context.Context) error {
+	// Whoever holds names of one copy and counts all of a key's does not wait here for
+	// another who does: both have counted their own.
+	t.mu.Lock()
+	known := t.known
+	t.mu.Unlock()
+	if known {
+		return nil
+	}
 	t.names.Lock()
 	defer t.names.Unlock()
 	return t.countLocked(ctx)
@@ -451,7 +459,7 @@ func (t *tree) fits(ctx context.Context, p *Peer, n int64) (extra int64, err err
 		return 0, err
 	}
 	// Files with holes take no room now. They could not all be filled.
-	if all := t.area.Held(""); n > room || n > total-all {
+	if all := t.area.held(""); n > room || n > total-all {
 		return 0, refuse("no space left on the appliance's disk: %d bytes are free beside its reserve; nothing is deleted to make room", room)
 	}
 	slack := room
@@ -463,7 +471,7 @@ func (t *tree) fits(ctx context.Context, p *Peer, n int64) (extra int64, err err
 		if err != nil {
 			return 0, err
 		}
-		staged := t.area.Held(p.Key)
+		staged := t.area.held(p.Key)
 		if slack = p.Quota - used - staged; n > slack {
 			return 0, refuse("disk quota exceeded: key %s may have %d bytes, its generations have %d and its staging copies %d", p.Key, p.Quota, used, staged)
 		}
