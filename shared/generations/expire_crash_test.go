@@ -139,7 +139,7 @@ func TestExpiryKilledAtAnyInstant(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 3))
 	t.Logf("seed %d", seed)
 	var said []string
-	left, n := 0, 0
+	left := 0
 	for range kills {
 		c := startCrasher(t, dir, crashExpire+"=1")
 		time.Sleep(time.Duration(r.Int64N(int64(400 * time.Millisecond)))) // the instant is what is random here
@@ -148,10 +148,10 @@ func TestExpiryKilledAtAnyInstant(t *testing.T) {
 			left++
 		}
 		if r.IntN(3) == 0 { // else the next process finds what this one left
-			n = checkExpiry(t, dir, said)
+			checkExpiry(t, dir, said)
 		}
 	}
-	n = checkExpiry(t, dir, said)
+	n := checkExpiry(t, dir, said)
 	t.Logf("%d kills, %d of them within an expiry, %d generations expired in full", kills, left, n)
 }
 
