@@ -33,7 +33,7 @@ import (
 type anchor struct {
 	at     time.Time
 	secret uint64
-	limit  uint64 // of mix(key, secret): one key of so many is in the sample
+	limit  uint64 // of the lots that are in the sample
 	items  []item
 }
 
@@ -62,9 +62,9 @@ func newAnchor(at time.Time, n int64) *anchor {
 	return a
 }
 
-// offer adds an item to the sample if the secret says so.
-func (a *anchor) offer(i item) {
-	if len(a.items) < maxSample && mix(i.key, a.secret) <= a.limit {
+// offer adds an item to the sample if its lot, which comes of the secret, says so.
+func (a *anchor) offer(lot uint64, i item) {
+	if len(a.items) < maxSample && lot <= a.limit {
 		a.items = append(a.items, i)
 	}
 }
@@ -155,12 +155,14 @@ type anchors struct {
 }
 
 // openAnchors reads the oldest anchor that counts and removes those that do not any
-// more: older than window, from the future, or from before a person accepted the
-// current generation: what was lost until then is known.
+// more: older than window, or from before a person accepted the
+// current generation: what was lost until then is known. One from the future is left
+// out: the clock may be wrong.
 func openAnchors(scratch *beneath.Dir, now time.Time, current *generations.Generation) (*anchors, error) {
 	as := &anchors{scratch: scratch, due: true}
 	var times []time.Time
 	var gone []string
+	future := 0
 	err := scratch.Each(func(e fs.DirEntry) error {
 		digits, ok := strings.CutPrefix(e.Name(), anchorPrefix)
 		if !ok {
@@ -169,8 +171,12 @@ func openAnchors(scratch *beneath.Dir, now time.Time, current *generations.Gener
 		seconds, err := strconv.ParseInt(digits, 10, 64)
 		at := time.Unix(seconds, 0)
 		accepted := current != nil && current.Standing == generations.Accepted && !at.After(current.Committed)
-		if err != nil || at.After(now) || now.Sub(at) > window || accepted || len(times) >= maxAnchors {
+		if err != nil || now.Sub(at) > window || accepted || len(times)+future >= maxAnchors {
 			gone = append(gone, e.Name())
+			return nil
+		}
+		if at.After(now) {
+			future++
 			return nil
 		}
 		times = append(times, at)

@@ -37,7 +37,7 @@ func (j *Judge) borg(ctx context.Context, c *generations.Candidate, l limits, f 
 		}
 		return nil
 	}
-	if err := j.marks(c, p, f); err != nil {
+	if err := j.marks(ctx, c, p, f); err != nil {
 		return err
 	}
 	changed(p, f)
@@ -90,13 +90,13 @@ func identity(c *generations.Candidate, p *picture, f *findings) error {
 }
 
 // marks finds where the committed part of both generations ends.
-func (j *Judge) marks(c *generations.Candidate, p *picture, f *findings) (err error) {
-	if p.newMark, err = p.committed(inNew, p.newIndex, c.Open); err != nil {
+func (j *Judge) marks(ctx context.Context, c *generations.Candidate, p *picture, f *findings) (err error) {
+	if p.newMark, err = p.committed(ctx, inNew, p.newIndex, c.Open); err != nil {
 		return err
 	}
 	p.oldMark = -1
 	if c.Current != nil {
-		if p.oldMark, err = p.committed(inOld, p.oldIndex, c.OpenOld); err != nil {
+		if p.oldMark, err = p.committed(ctx, inOld, p.oldIndex, c.OpenOld); err != nil {
 			return err
 		}
 	}
@@ -110,7 +110,7 @@ func (j *Judge) marks(c *generations.Candidate, p *picture, f *findings) (err er
 	for i := range p.segments {
 		s := &p.segments[i]
 		if s.where&inNew != 0 && int64(s.number) == p.newMark {
-			ok, err := check(s, c.Open, borgsegment.EndsWithCommit)
+			ok, err := check(ctx, s, c.Open, borgsegment.EndsWithCommit)
 			if err != nil {
 				return err
 			}
@@ -232,7 +232,7 @@ func (r *comparison) take(t *table, fresh *anchor) {
 		if new != 0 {
 			r.new.add(new)
 			if fresh != nil {
-				fresh.offer(item{key: key, size: new >> 32, other: new & 0xffffffff})
+				fresh.offer(mix(key, fresh.secret), item{key: key, size: new >> 32, other: new & 0xffffffff})
 			}
 		}
 		switch {
@@ -389,7 +389,7 @@ func (x *indexer) entries(s *segment, file *os.File, mode borgsegment.Mode) erro
 		x.records = make([]record, 0, maxRecords)
 	}
 	r := x.readers[mode]
-	r.Reset(file, s.size)
+	r.Reset(reader{x.ctx, file}, s.size)
 	b := block{number: s.number, id: s.id}
 	if mode == borgsegment.Checked {
 		b.flags = flagChecked
@@ -406,9 +406,6 @@ func (x *indexer) entries(s *segment, file *os.File, mode borgsegment.Mode) erro
 			}
 			b.part++
 			records = records[:0]
-			if err := x.ctx.Err(); err != nil {
-				return err
-			}
 		}
 		records = append(records, recordOf(&e))
 	}

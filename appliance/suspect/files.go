@@ -57,7 +57,9 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 			t.new.add(d.New.Size)
 			w.see(&d.New)
 			if fresh != nil {
-				fresh.offer(item{key: sumKey(&d.New), other: nameKey(fresh.secret, d.New.Path), size: uint64(d.New.Size)})
+				// Drawn by the name: of files with the same content, such as none, there may be many.
+				name := nameKey(fresh.secret, d.New.Path)
+				fresh.offer(name, item{key: sumKey(&d.New), other: name, size: uint64(d.New.Size)})
 			}
 		}
 		t.take(&d)

@@ -285,7 +285,7 @@ func TestAnchors(t *testing.T) {
 		t.Helper()
 		a := newAnchor(now.Add(-age), 100)
 		for _, k := range keys {
-			a.offer(item{key: k, other: k + 1, size: k * 10})
+			a.offer(mix(k, a.secret), item{key: k, other: k + 1, size: k * 10})
 		}
 		if err := a.save(d); err != nil {
 			t.Fatal(err)
@@ -303,10 +303,13 @@ func TestAnchors(t *testing.T) {
 	if got := as.oldest.within(span{4, 9}); len(got) != 2 || got[0] != (item{5, 6, 50}) || got[1].key != 9 {
 		t.Errorf("%v", got)
 	}
-	if left, _ := os.ReadDir(dir); len(left) != 2 {
+	if left, _ := os.ReadDir(dir); len(left) != 3 {
 		t.Errorf("%v", left)
 	}
-	// Accepted two days ago: what was before does not count any more.
+	if err := os.Remove(filepath.Join(dir, anchorName(now.Add(day)))); err != nil {
+		t.Errorf("the one from tomorrow: %v", err)
+	}
+	// Accepted four days ago: what was before does not count any more.
 	accepted := &generations.Generation{Standing: generations.Accepted, Committed: now.Add(-4 * day)}
 	if as, err = openAnchors(d, now, accepted); err != nil || as.oldest == nil || !as.oldest.at.Equal(now.Add(-3*day)) {
 		t.Fatalf("%+v %v", as, err)
@@ -334,8 +337,8 @@ func TestSample(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 1))
 	for range n {
 		k := r.Uint64()
-		a.offer(item{key: k})
-		b.offer(item{key: k})
+		a.offer(mix(k, a.secret), item{key: k})
+		b.offer(mix(k, b.secret), item{key: k})
 	}
 	for _, x := range []*anchor{a, b} {
 		if len(x.items) < maxSample/4 || len(x.items) > maxSample*3/4 {
@@ -361,7 +364,7 @@ func FuzzAnchor(f *testing.F) {
 	d, dir := scratch(f)
 	a := newAnchor(time.Unix(1e9, 0), 10)
 	for k := range uint64(5) {
-		a.offer(item{key: k * 7, other: k, size: 100})
+		a.offer(k, item{key: k * 7, other: k, size: 100})
 	}
 	if err := a.save(d); err != nil {
 		f.Fatal(err)

@@ -134,7 +134,7 @@ func (p *picture) entry(e *manifest.Entry, where side) error {
 // after it belongs to a run that was killed, and the next one uses its numbers
 // again. A folder that the pusher froze has nothing after it; what a stock sftp
 // client uploaded may have.
-func (p *picture) committed(where side, index int64, open func(string) (*os.File, error)) (int64, error) {
+func (p *picture) committed(ctx context.Context, where side, index int64, open func(string) (*os.File, error)) (int64, error) {
 	for _, s := range slices.Backward(p.segments) {
 		if s.where&where == 0 {
 			continue
@@ -142,7 +142,7 @@ func (p *picture) committed(where side, index int64, open func(string) (*os.File
 		if int64(s.number) <= index {
 			break
 		}
-		ok, err := check(&s, open, borgsegment.IsCommitted)
+		ok, err := check(ctx, &s, open, borgsegment.IsCommitted)
 		if err != nil {
 			return 0, err
 		}
@@ -153,14 +153,28 @@ func (p *picture) committed(where side, index int64, open func(string) (*os.File
 	return index, nil
 }
 
+// reader stops reading when ctx ends: a segment has gigabytes, and the disk must be
+// let go of in seconds.
+type reader struct {
+	ctx  context.Context
+	file *os.File
+}
+
+func (r reader) ReadAt(p []byte, offset int64) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.file.ReadAt(p, offset)
+}
+
 // check applies a rule to a segment's file.
-func check(s *segment, open func(string) (*os.File, error), rule func(io.ReaderAt, int64) (bool, error)) (bool, error) {
+func check(ctx context.Context, s *segment, open func(string) (*os.File, error), rule func(io.ReaderAt, int64) (bool, error)) (bool, error) {
 	f, err := open(s.path())
 	if err != nil {
 		return false, err
 	}
 	defer f.Close()
-	ok, err := rule(f, s.size)
+	ok, err := rule(reader{ctx, f}, s.size)
 	if err != nil {
 		err = fmt.Errorf("read %s: %w", s.path(), err)
 	}

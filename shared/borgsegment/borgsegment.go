@@ -41,6 +41,9 @@ const (
 	// MaxEntry is more than any borg wrote: 20 MiB since 1.0.7, and the list of an
 	// archive with millions of files could be larger before.
 	MaxEntry = 64 << 20
+	// MaxSize is more than a segment can have: borg's index has 32 bits for the place
+	// of an entry in it.
+	MaxSize = 1<<32 + MaxEntry
 )
 
 const atticMagic = "ATTICSEG"
@@ -192,8 +195,8 @@ func (r *Reader) bad(format string, args ...any) error {
 }
 
 func (r *Reader) magic() bool {
-	if r.size < int64(len(Magic)) {
-		r.err = r.bad("%d bytes are too few for a segment", r.size)
+	if r.size < int64(len(Magic)) || r.size > MaxSize {
+		r.err = r.bad("a segment does not have %d bytes", r.size)
 		return false
 	}
 	head := r.header[:len(Magic)]

@@ -87,7 +87,7 @@ func TestReaderRefuses(t *testing.T) {
 		want    string
 		checked bool // only mode Checked can see it
 	}{
-		{name: "nothing", want: "0 bytes"},
+		{name: "nothing", want: "a segment does not have 0 bytes"},
 		{name: "no magic", in: [][]byte{put}, want: "does not begin with BORG_SEG"},
 		{name: "attic", in: [][]byte{[]byte(atticMagic), put}, want: "Attic"},
 		{name: "half a header", in: [][]byte{magic, put[:5]}, offset: 8, want: "5 bytes are left"},
@@ -152,6 +152,10 @@ func TestErrorsOfReading(t *testing.T) {
 	}
 	if r.Next(&e) {
 		t.Error("went on after an error")
+	}
+	r.Reset(bytes.NewReader(b), MaxSize+1)
+	if r.Next(&e) || !errors.As(r.Err(), &format) {
+		t.Errorf("larger than any: %v", r.Err())
 	}
 	// The reader is as good as new for the next one.
 	r.Reset(bytes.NewReader(b), int64(len(b)))
