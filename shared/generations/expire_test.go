@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/shared/beneath"
 	"farkeep/shared/generations"
 	"farkeep/shared/pushwire"
 
@@ -243,16 +244,12 @@ func TestTwoExpiriesAtOnce(t *testing.T) {
 	}
 	// Another store on the same folder, as another process would have.
 	other := open(t, dir, generations.Options{})
-	wait.Go(func() {
-		if _, err := other.Sweep(t.Context()); err != nil && !strings.Contains(err.Error(), "locked") {
-			t.Error(err)
-		}
-	})
-	wait.Go(func() {
-		for day := int64(9); day <= 12; day++ {
-			push(t, s, "photos", dayTree(day))
-		}
-	})
+	if _, err := other.Sweep(t.Context()); err != nil && !errors.Is(err, beneath.ErrLocked) {
+		t.Error(err)
+	}
+	for day := int64(9); day <= 12; day++ {
+		push(t, s, "photos", dayTree(day))
+	}
 	wait.Wait()
 	for i, n := range done[:6] {
 		if n > 1 {
@@ -882,4 +879,25 @@ func FuzzGoingName(f *testing.F) {
 			t.Errorf("%q was taken for generation %q of %q", entry, name, repository)
 		}
 	})
+}
+
+// A generation that expires while somebody verifies it is not damaged.
+func TestVerifyOfWhatExpires(t *testing.T) {
+	s := open(t, t.TempDir(), generations.Options{})
+	names := history(t, s, "photos", 2)
+	once := false
+	r, err := s.Verify(t.Context(), "photos", names[0], func(generations.Report) {
+		if !once {
+			once = true
+			if err := s.Remove(t.Context(), "photos", names[0]); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err == nil || !strings.Contains(err.Error(), "expired") {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if files, open, err := s.Rotten(); err != nil || len(files) > 0 || open > 0 {
+		t.Errorf("%v is said to be rotten, %v", files, err)
+	}
 }
