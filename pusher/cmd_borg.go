@@ -75,11 +75,8 @@ The exit code is borg's own, unless borg was not started.`,
 			go func() { ended <- m.Wait(shown) }()
 			err = borgcopy.Run{
 				Repository: folder, Private: private, Environ: env.Environ(),
-				Stdin: env.Stdin, Stdout: env.Stdout, Stderr: env.Stderr,
+				Stdin: env.Stdin, Stdout: env.Stdout, Stderr: env.Stderr, Unmount: mount.Detach,
 			}.Start(cmd.Context(), line)
-			for _, dead := range borgcopy.Left(line) {
-				err = errors.Join(err, mount.Detach(dead))
-			}
 			stop()
 			if lost := <-ended; lost != nil {
 				err = lost // and that is why borg failed

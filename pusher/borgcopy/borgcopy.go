@@ -91,6 +91,8 @@ type Run struct {
 	Environ        []string // the user's environment
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
+	// Unmount unmounts a folder at once, whoever uses it.
+	Unmount func(folder string) error
 }
 
 // Borg finds the user's borg.
@@ -124,9 +126,14 @@ func (r Run) Start(ctx context.Context, args []string) error {
 	cmd.Env = environ
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = r.Stdin, r.Stdout, r.Stderr
 	cmd.Cancel = func() error {
-		// The signal that makes "borg mount" unmount.
-		time.AfterFunc(grace, func() { cmd.Process.Signal(os.Interrupt) })
-		return nil
+		// Borg 1.2 with pyfuse3 does not end at SIGINT, and does not unmount at
+		// SIGTERM; what it has mounted ends it in order by going away.
+		var err error
+		for _, folder := range mounts(args) {
+			err = errors.Join(err, r.Unmount(folder))
+		}
+		time.AfterFunc(grace, func() { cmd.Process.Signal(syscall.SIGTERM) })
+		return err
 	}
 	cmd.WaitDelay = 10 * grace
 	err = cmd.Run()
@@ -143,12 +150,23 @@ func (r Run) Start(ctx context.Context, args []string) error {
 	return nil
 }
 
-// Left returns the folders among a run's arguments on which a mount was left
-// whose borg is gone. Borg 1.2 with pyfuse3 ends at Ctrl-C without unmounting.
-func Left(args []string) (folders []string) {
-	for _, a := range args {
-		if _, err := os.Stat(a); errors.Is(err, syscall.ENOTCONN) {
-			folders = append(folders, a)
+// mounts returns those of a run's arguments on which borg has mounted archives.
+func mounts(args []string) (folders []string) {
+	table, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(table)) {
+		f := strings.Fields(line)
+		if len(f) < 2 || f[0] != "borgfs" {
+			continue
+		}
+		// proc(5): a space and its like are written as octal numbers.
+		where := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(f[1])
+		for _, a := range args {
+			if abs, err := filepath.Abs(a); err == nil && abs == where {
+				folders = append(folders, a)
+			}
 		}
 	}
 	return folders
