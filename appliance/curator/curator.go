@@ -92,6 +92,7 @@ type Curator struct {
 	expiry   expiryRecord
 	retiring retiringRecord
 	days     roomRecord
+	least    int64 // bytes that thinning keeps free at least
 	state    State
 }
 
@@ -253,13 +254,24 @@ func (c *Curator) observe(save bool) error {
 }
 
 // Believed says whether commit times can be believed by what the disk remembers.
-func (c *Curator) Believed() bool {
+func (c *Curator) Believed() bool { return c.Doubt() == "" }
+
+// Frozen says whether the last pass could not do all of its work.
+func (c *Curator) Frozen() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.expiry.FrozenSince.IsZero()
+}
+
+// Doubt is why nothing goes by the time, "" for no reason; it takes note of the
+// time first.
+func (c *Curator) Doubt() string {
 	if err := c.Observe(false); err != nil {
 		c.opt.Log.Warn("clock", "err", err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.doubt == ""
+	return c.doubt
 }
 
 // State says what an operator must know.

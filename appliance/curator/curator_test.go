@@ -28,6 +28,7 @@ type shelf struct {
 	lists   map[string][]generations.Generation
 	held    string // a generation in use
 	free    int64
+	total   int64
 	// after is called for everything that is written; an error is a power cut.
 	after  func(what string) error
 	failed error
@@ -96,7 +97,7 @@ func (s *shelf) RemoveRepository(_ context.Context, repository string) error {
 func (s *shelf) Sweep(context.Context) (int, error) { return 0, s.failed }
 
 func (s *shelf) Space() (free, reserve, total int64, err error) {
-	return s.free, 100, 1 << 40, s.failed
+	return s.free, 100, s.total, s.failed
 }
 
 func (s *shelf) ReadRecord(name string, v any) error {
@@ -601,6 +602,18 @@ func TestThinning(t *testing.T) {
 	}
 	if n := len(w.numbers("photos")); n != 3 {
 		t.Errorf("%d are left, want the floor's 3", n)
+	}
+	// A disk that was full for so long that no day of the last weeks says what a day
+	// needs goes on making room.
+	w.shelf.free = 1 << 20
+	w.run(3)
+	w.shelf.total, w.shelf.free = 50<<20, 1000
+	for range 100 {
+		w.true = w.true.Add(24 * time.Hour)
+		w.mustPass()
+	}
+	if n := len(w.numbers("photos")); n != 3 {
+		t.Errorf("%d are left after a hundred days", n)
 	}
 	if w.events[1].Kind != status.EventThinned || !strings.Contains(w.events[1].Text, "bytes were free") {
 		t.Errorf("%+v", w.events[1])

@@ -224,9 +224,13 @@ func (c *Curator) drop(repository string) error {
 func (c *Curator) thin(ctx context.Context) error {
 	for {
 		c.mu.Lock()
-		room := c.state.Room
+		room, least := c.state.Room, c.least
 		c.mu.Unlock()
-		if room == nil || room.Free >= room.WorstDay || len(c.stopped()) > 0 {
+		if room == nil || len(c.stopped()) > 0 {
+			return nil
+		}
+		want := max(room.WorstDay, least)
+		if room.Free >= want {
 			return nil
 		}
 		repositories, err := c.disk.Repositories()
@@ -275,7 +279,7 @@ func (c *Curator) thin(ctx context.Context) error {
 		}
 		c.event(status.Event{
 			Kind: status.EventThinned, Repository: oldest.repository, Generation: oldest.name,
-			Text: fmt.Sprintf("%d bytes were free, less than the %d that one day may need", room.Free, room.WorstDay),
+			Text: fmt.Sprintf("%d bytes were free, less than the %d that one day may need", room.Free, want),
 		})
 		if err := c.measure(ctx); err != nil {
 			return err

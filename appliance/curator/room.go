@@ -25,9 +25,17 @@ type dayRecord struct {
 
 const keepDays = 60
 
+// What thinning keeps free where no day of the last weeks says more: a share of the
+// disk, in bytes at most. Without it a disk that took no push for weeks, because it
+// was full, would count as one that needs no room.
+const (
+	leastShare = 50
+	maxLeast   = 4 << 30
+)
+
 // measure finds out how much room there is, and writes down today's.
 func (c *Curator) measure(ctx context.Context) error {
-	free, reserve, _, err := c.disk.Space()
+	free, reserve, total, err := c.disk.Space()
 	if err != nil {
 		return err
 	}
@@ -46,6 +54,7 @@ func (c *Curator) measure(ctx context.Context) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.least = min(total/leastShare, maxLeast)
 	if c.doubt != "" {
 		// Days that a thrown clock invents are not written down.
 		forecast := c.days.forecast(now, free, reserve)

@@ -132,9 +132,11 @@ func reading(ctx context.Context, c *call) error {
 	defer func() {
 		c.mu.Lock()
 		delete(c.Keeper.reading, c)
-		frozen := len(c.Keeper.reading) == 0 && c.store != nil
+		last, cur := len(c.Keeper.reading) == 0, c.curator
 		c.mu.Unlock()
-		if frozen {
+		// Only what a pass could not do because of readers is done now: one who comes
+		// and goes must not keep the disk at work.
+		if last && cur != nil && cur.Frozen() {
 			c.background.Go(c.curate)
 		}
 	}()

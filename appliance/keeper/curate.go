@@ -20,7 +20,10 @@ import (
 
 // curateEvery is how long after a pass of the curator the next one begins while
 // the disk is mounted; others follow commits and decisions.
-const curateEvery = time.Hour
+const (
+	curateEvery = time.Hour
+	lookEvery   = 10 * time.Second // at the clock
+)
 
 // bootID is the kernel's name for this start of the machine as the supervisor
 // tells it; without one, every start of the keeper counts as the machine's, which
@@ -72,11 +75,25 @@ func (k *Keeper) event(e status.Event) {
 	k.changed()
 }
 
-// curateHourly begins a pass when the last one is long ago.
-func (k *Keeper) curateHourly() {
+// curateInTime begins a pass when the last one is long ago, or when the time came
+// into doubt or out of it since the last look.
+func (k *Keeper) curateInTime() {
 	k.mu.Lock()
-	due := k.store != nil && !k.closing && !k.passed.IsZero() && time.Since(k.passed) >= curateEvery
+	cur := k.curator
+	ready := k.store != nil && !k.closing && !k.passed.IsZero()
+	due := ready && time.Since(k.passed) >= curateEvery
+	look := ready && time.Since(k.looked) >= lookEvery
+	if look {
+		k.looked = time.Now()
+	}
 	k.mu.Unlock()
+	if look {
+		doubt := cur.Doubt()
+		k.mu.Lock()
+		due = due || (doubt == "") != (k.doubt == "")
+		k.doubt = doubt
+		k.mu.Unlock()
+	}
 	if due {
 		k.background.Go(k.curate)
 	}
@@ -120,7 +137,7 @@ func (k *Keeper) pass() {
 		k.env.Log.Error("history", "err", err)
 	}
 	state := cur.State()
-	k.known.note(func(l *ledger) { l.State = state })
+	k.known.note(func(l *ledger) { l.State, l.Curated = state, k.env.Now().UTC() })
 	if err := k.known.refresh(ctx, store); err != nil && ctx.Err() == nil {
 		k.env.Log.Error("the disk's generations cannot be listed", "err", err)
 	}

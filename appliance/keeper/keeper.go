@@ -103,6 +103,8 @@ type Keeper struct {
 	passing bool             // a pass of the curator is under way
 	again   bool             // another one is wanted after it
 	passed  time.Time        // when the last one began
+	looked  time.Time        // at the clock
+	doubt   string           // what was seen then
 	reading map[*call]string // by whom: keys' names
 	commits map[string]time.Time
 }
@@ -167,7 +169,7 @@ func (k *Keeper) step() error {
 		k.env.Log.Warn("the disk", "err", err)
 	}
 	k.freeIdle(k.brief.Idle)
-	k.curateHourly()
+	k.curateInTime()
 	return k.report(false)
 }
 

@@ -38,9 +38,10 @@ type bench struct {
 	brief keeper.Brief
 	stop  func() // ends the keeper and waits for it
 
-	ahead  time.Duration // the appliance's clock before the machine's
-	booted time.Time
-	boots  int
+	ahead   time.Duration // the appliance's clock before the machine's
+	booted  time.Time
+	curated time.Time // as the status said before the last start
+	boots   int
 }
 
 func start(t *testing.T) *bench { return startWith(t, keeper.Brief{Reserve: 1}) }

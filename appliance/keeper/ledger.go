@@ -20,6 +20,7 @@ type ledger struct {
 	Scrub    *status.Scrub
 	Rot      []status.Rot
 	RotCount int
+	Curated  time.Time
 }
 
 // note changes the ledger, and writes it down if that made a difference. Who
@@ -56,6 +57,7 @@ func (m *memory) tell(s *status.Keeper) {
 	s.Frozen, s.FrozenSince, s.ClockDoubt = slices.Clone(l.Frozen), l.FrozenSince, l.ClockDoubt
 	s.Room, s.Retiring = l.Room, slices.Clone(l.Retiring)
 	s.Events, s.Untrue = slices.Clone(l.Events), slices.Clone(l.Untrue)
+	s.Curated = l.Curated
 	s.Scrub, s.Rot, s.RotCount = l.Scrub, slices.Clone(l.Rot), l.RotCount
 }
 

@@ -130,7 +130,9 @@ type Keeper struct {
 	Untrue     []Untrue // newest first, <= MaxUntrue
 	// Events are the last things that were decided: by the admin key, and by
 	// the keeper itself where an operator must hear of it. Oldest first.
-	Events  []Event
+	Events []Event
+	// Curated is when the keeper last looked for what may go.
+	Curated time.Time
 	Updated time.Time
 }
 
