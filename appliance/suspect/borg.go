@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -17,6 +18,12 @@ import (
 // few chunks may always go: in a repository that is hardly older than its second
 // archive they are a large share.
 const few = 16
+
+// maxEntries bounds the segments' entries that are compared: ten times what a 4 TB
+// repository has. They take 512 MB of index and 100 turns of a table.
+const maxEntries = 1 << 25
+
+var errTooMany = fmt.Errorf("more than %d entries in new segments", 2*maxEntries)
 
 // named is how many files a reason names.
 const named = 3
@@ -43,9 +50,13 @@ func (j *Judge) borg(ctx context.Context, c *generations.Candidate, l limits, f 
 	changed(p, f)
 	p.trim()
 
+	// The tables are half of what this process ever needs.
+	defer debug.FreeOSMemory()
 	for again := false; ; again = true {
-		err := j.chunks(ctx, c, p, l, f, !again)
+		attempt := &findings{reasons: slices.Clone(f.reasons)}
+		err := j.chunks(ctx, c, p, l, attempt)
 		if !errors.Is(err, errDamaged) || again {
+			*f = *attempt
 			return err
 		}
 		j.log.Warn("the index of segments is damaged and made anew", "repository", c.Repository)
@@ -148,20 +159,24 @@ func changed(p *picture, f *findings) {
 }
 
 // chunks compares what is alive, after it has made sure that there is an index of
-// every segment. report says whether to add the new files that are no segments to
-// the findings.
-func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture, l limits, f *findings, report bool) error {
+// every segment.
+func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture, l limits, f *findings) error {
 	k, err := openPack(c.Scratch)
 	if err != nil {
 		return err
 	}
 	defer k.close()
 	x := &indexer{ctx: ctx, pack: k, candidate: c}
+	before := k.end
 	missing, err := x.index(p, j.config.Patience, j.config.Now)
 	if err != nil {
+		if errors.Is(err, errTooMany) {
+			// What it wrote until then must not stay.
+			err = errors.Join(err, k.file.Truncate(before))
+		}
 		return err
 	}
-	if report && x.broken > 0 {
+	if x.broken > 0 {
 		what := "1 new file is no segment"
 		if x.broken > 1 {
 			what = count(x.broken) + " new files are no segments"
@@ -172,13 +187,22 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 		j.log.Info("segments have no index yet, their chunks are not compared", "repository", c.Repository, "segments", missing)
 		fewerBytes(p, l, f)
 	}
+	old, all := k.total(p.segments, inOld), k.total(p.segments, inOld|inNew)
+	if all > maxEntries {
+		if c.Current != nil && old <= maxEntries {
+			f.add("The segments have %s entries now, up from %s, more than this appliance can compare: from here on it only looks at sizes. Is that what your backups do?", count(all), count(old))
+		}
+		j.log.Warn("too many entries, chunks are not compared", "repository", c.Repository, "entries", all)
+		fewerBytes(p, l, f)
+		return k.sweep(p.segments)
+	}
 	as, err := openAnchors(c.Scratch, j.config.Now(), c.Current)
 	if err != nil {
 		return err
 	}
 	var fresh *anchor
 	if as.due && missing == 0 {
-		fresh = newAnchor(j.config.Now(), k.total(p.segments))
+		fresh = newAnchor(j.config.Now(), all)
 	}
 	var r comparison
 	var lost, sampled totals
@@ -208,10 +232,7 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 	}
 	j.log.Info("compared chunks", "repository", c.Repository, "segments", len(p.segments), "read", x.read, "alive", r.new.chunks, "bytes", r.new.bytes,
 		"vanished", r.vanished.chunks, "vanished_bytes", r.vanished.bytes, "rewritten", r.rewritten.chunks, "added", r.added.chunks, "lost_of_sample", lost.chunks, "sample", sampled.chunks)
-	if len(f.reasons) > 0 {
-		return nil
-	}
-	if fresh != nil {
+	if fresh != nil && len(f.reasons) == 0 {
 		if err := fresh.save(c.Scratch); err != nil {
 			return err
 		}
@@ -292,6 +313,7 @@ type indexer struct {
 	readers   [2]*borgsegment.Reader // by mode
 	records   []record
 	read      int   // segments
+	entries   int64 // that were read
 	broken    int64 // new files that are no segments
 	names     []string
 }
@@ -366,7 +388,7 @@ func (x *indexer) add(s *segment, mode borgsegment.Mode) error {
 		return err
 	}
 	defer file.Close()
-	err = x.entries(s, file, mode)
+	err = x.segment(s, file, mode)
 	x.read++
 	var format *borgsegment.FormatError
 	if errors.As(err, &format) {
@@ -381,7 +403,7 @@ func (x *indexer) add(s *segment, mode borgsegment.Mode) error {
 	return nil
 }
 
-func (x *indexer) entries(s *segment, file *os.File, mode borgsegment.Mode) error {
+func (x *indexer) segment(s *segment, file *os.File, mode borgsegment.Mode) error {
 	if x.readers[mode] == nil {
 		x.readers[mode] = borgsegment.NewReader(mode)
 	}
@@ -406,6 +428,9 @@ func (x *indexer) entries(s *segment, file *os.File, mode borgsegment.Mode) erro
 			}
 			b.part++
 			records = records[:0]
+		}
+		if x.entries++; x.entries > 2*maxEntries {
+			return errTooMany
 		}
 		records = append(records, recordOf(&e))
 	}

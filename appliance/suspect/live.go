@@ -104,7 +104,7 @@ type span struct{ first, last uint64 }
 func each(ctx context.Context, p *pack, segments []segment, bits uint, done func(span, *table)) error {
 	t := newTable(bits)
 	// Parts are not quite even; one that does not fit is divided.
-	parts := p.total(segments)/int64(t.most/8*7) + 1
+	parts := p.total(segments, inOld|inNew)/int64(t.most/8*7) + 1
 	step := ^uint64(0)/uint64(parts) + 1 // 0 for a single part
 	var todo []span
 	for i := range uint64(parts) {

@@ -272,9 +272,12 @@ func (p *pack) read(b *block) (records, error) {
 	return records(raw[blockHeader:]), nil
 }
 
-// total is how many records the blocks of these segments have.
-func (p *pack) total(segments []segment) (n int64) {
+// total is how many records the blocks of one generation's segments have, or of both.
+func (p *pack) total(segments []segment, where side) (n int64) {
 	for i := range segments {
+		if segments[i].where&where == 0 {
+			continue
+		}
 		for _, b := range p.find(segments[i].number, segments[i].id) {
 			n += int64(b.count)
 		}
