@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -14,6 +15,7 @@ import (
 
 	"farkeep/shared/hint"
 	"farkeep/shared/pushwire"
+	"farkeep/shared/recipe"
 	"farkeep/shared/settings"
 
 	"github.com/google/go-cmp/cmp"
@@ -399,4 +401,54 @@ func TestStockRestic(t *testing.T) {
 			t.Errorf("restored from %s: %d files differ", generation, strings.Count(diff, "\n"))
 		}
 	}
+}
+
+// One repository takes one push at a time, whoever makes it: a commit of a staging
+// copy waits for no upload of the pusher, and says why.
+func TestStockCommitDuringPush(t *testing.T) {
+	s := startStock(t, "64m")
+	write(t, s.dir+"/a", "one")
+	s.sftp(t, "pi", "mkdir /photos\nput a /photos/a\n").must(t, "sftp")
+	to := s.client(t, &line{})
+	must(t, to.Wake(t.Context()))
+	pushed := source{"b": noise(1, 200_000)}
+	answer, err := pushed.offer(t, to, "photos")
+	must(t, err)
+	uploading, goOn := make(chan struct{}), make(chan struct{})
+	uploaded := make(chan error, 1)
+	go func() {
+		_, _, entries := pushed.list(t)
+		_, err := to.Upload(t.Context(), answer.Push, func(w io.Writer) error {
+			e := recipe.NewEncoder(w)
+			if err := e.File(0); err != nil {
+				return err
+			}
+			if _, err := io.WriteString(e, pushed["b"][:100_000]); err != nil {
+				return err
+			}
+			close(uploading)
+			<-goOn
+			if _, err := io.WriteString(e, pushed["b"][100_000:]); err != nil {
+				return err
+			}
+			if err := e.End(entries[0].Sum); err != nil {
+				return err
+			}
+			return e.Close()
+		})
+		uploaded <- err
+	}()
+	<-uploading
+	if r := s.ssh(t, "pi", "commit photos"); r.code != hint.ExitUnreachable || !strings.Contains(r.err, "another push of this repository is under way") {
+		t.Errorf("a commit during a push: code %d, %s", r.code, r.err)
+	}
+	close(goOn)
+	must(t, <-uploaded)
+	c, err := to.Commit(t.Context(), answer.Push)
+	must(t, err)
+	s.holds(t, "photos", c.Generation, pushed)
+	// Then it is the copy's turn, which is what its client put there.
+	second := s.commit(t, "photos")
+	s.holds(t, "photos", second.Generation, map[string]string{"a": "one"})
+	s.holds(t, "photos", c.Generation, pushed)
 }
