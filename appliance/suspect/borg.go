@@ -23,7 +23,7 @@ const few = 16
 // repository has. They take 512 MB of index and 100 turns of a table.
 const maxEntries = 1 << 25
 
-var errTooMany = fmt.Errorf("more than %d entries in new segments", 2*maxEntries)
+var errTooMany = errors.New("the new segments have more entries than a backup needs")
 
 // named is how many files a reason names.
 const named = 3
@@ -166,7 +166,7 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 		return err
 	}
 	defer k.close()
-	x := &indexer{ctx: ctx, pack: k, candidate: c}
+	x := &indexer{ctx: ctx, pack: k, candidate: c, most: 2 * j.most}
 	before := k.end
 	missing, err := x.index(p, j.config.Patience, j.config.Now)
 	if err != nil {
@@ -188,8 +188,8 @@ func (j *Judge) chunks(ctx context.Context, c *generations.Candidate, p *picture
 		fewerBytes(p, l, f)
 	}
 	old, all := k.total(p.segments, inOld), k.total(p.segments, inOld|inNew)
-	if all > maxEntries {
-		if c.Current != nil && old <= maxEntries {
+	if all > j.most {
+		if c.Current != nil && old <= j.most {
 			f.add("The segments have %s entries now, up from %s, more than this appliance can compare: from here on it only looks at sizes. Is that what your backups do?", count(all), count(old))
 		}
 		j.log.Warn("too many entries, chunks are not compared", "repository", c.Repository, "entries", all)
@@ -314,6 +314,7 @@ type indexer struct {
 	records   []record
 	read      int   // segments
 	entries   int64 // that were read
+	most      int64 // of them
 	broken    int64 // new files that are no segments
 	names     []string
 }
@@ -429,7 +430,7 @@ func (x *indexer) segment(s *segment, file *os.File, mode borgsegment.Mode) erro
 			b.part++
 			records = records[:0]
 		}
-		if x.entries++; x.entries > 2*maxEntries {
+		if x.entries++; x.entries > x.most {
 			return errTooMany
 		}
 		records = append(records, recordOf(&e))

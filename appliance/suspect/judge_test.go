@@ -689,6 +689,49 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// Neither the index nor the time grows with what somebody makes up.
+func TestTooManyEntries(t *testing.T) {
+	d := newDisk(t, Config{})
+	d.judge.most = 600
+	d.push(borg(), pushwire.KindBorg1)
+	size := func() int64 {
+		info, err := os.Stat(filepath.Join(d.dir, "scratch", packFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Size()
+	}
+	before := size()
+	flood := borg().commit(11, append(ops(del, between(1, 130)...), archives(2))...)
+	flood["data/0/12"] = segmentOf(ops(del, between(10_000, 12_000)...)...)
+	flood.commit(13, archives(3))
+	if v, err := d.try(t.Context(), flood, pushwire.KindBorg1); !errors.Is(err, errTooMany) {
+		t.Errorf("%+v %v", v, err)
+	}
+	if after := size(); after != before {
+		t.Errorf("the index has grown from %d to %d bytes", before, after)
+	}
+	many := borg()
+	many["data/0/12"] = segmentOf(ops(del, between(10_000, 10_500)...)...)
+	many.commit(13, archives(3))
+	v := d.push(many, pushwire.KindBorg1)
+	if !v.Suspect || !strings.Contains(v.Reasons[0], "903 entries now, up from 401") {
+		t.Errorf("%q", v.Reasons)
+	}
+	// Accepted, it is how this repository is; sizes are still compared.
+	g, _ := d.write(many, pushwire.KindBorg1)
+	g.Standing, d.current = generations.Accepted, g
+	if v := d.push(many.clone().commit(14, archives(4)), pushwire.KindBorg1); v.Suspect {
+		t.Errorf("%q", v.Reasons)
+	}
+	for s := range 8 {
+		delete(many, fmt.Sprint("data/0/", s))
+	}
+	if v := d.push(many.commit(15, archives(5)), pushwire.KindBorg1); !v.Suspect || !strings.Contains(v.Reasons[0], "shrank") {
+		t.Errorf("%q", v.Reasons)
+	}
+}
+
 func TestCancelled(t *testing.T) {
 	d := newDisk(t, Config{})
 	ctx, cancel := context.WithCancel(t.Context())

@@ -55,7 +55,8 @@ type Judge struct {
 	config Config
 	log    *slog.Logger
 	turn   chan struct{}
-	bits   uint // of tables; tests have small ones
+	bits   uint  // of tables; tests have small ones
+	most   int64 // entries; tests have fewer
 }
 
 var _ generations.Judge = (*Judge)(nil)
@@ -74,7 +75,7 @@ func New(config Config, log *slog.Logger) *Judge {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Judge{config: config, log: log, turn: make(chan struct{}, 1), bits: tableBits}
+	return &Judge{config: config, log: log, turn: make(chan struct{}, 1), bits: tableBits, most: maxEntries}
 }
 
 // Judge implements generations.Judge.
