@@ -36,7 +36,9 @@ func TestScrubTellsAndHeals(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close()
-	s := b.await("the rotten file is told", func(s *status.Keeper) bool { return s.RotCount == 1 && len(s.Rot) == 1 && len(s.Rot[0].Generations) == 2 })
+	s := b.await("the rotten file is told", func(s *status.Keeper) bool {
+		return s.RotCount == 1 && len(s.Rot) == 1 && len(s.Rot[0].Generations) == 2
+	})
 	if r := s.Rot[0]; r.Repository != "photos" || r.Path != "keep" || len(r.Sum) != 64 || r.Found.IsZero() || !r.Healed.IsZero() || !strings.Contains(r.What, "hash") {
 		t.Errorf("told: %+v", r)
 	}
@@ -63,12 +65,9 @@ func TestScrubTellsAndHeals(t *testing.T) {
 		}
 	}
 
-	begun := time.Now()
+	// Within ReleaseTimeout, or it is an error.
 	if err := b.ask(keepercall.Release, nil, nil); err != nil {
 		t.Fatal(err)
-	}
-	if took := time.Since(begun); took > 5*time.Second {
-		t.Errorf("the disk was let go of after %v", took)
 	}
 	if err := unix.Unmount(b.paths.Disk(), 0); err != nil {
 		t.Errorf("the disk cannot be unmounted after release: %v", err)
