@@ -84,8 +84,11 @@ func plainWord(s string) bool {
 
 func (j *judge) suspects(k *status.Keeper) {
 	found := 0
-	for _, r := range k.Repositories {
-		if len(r.Suspects) == 0 || found == maxSubjects {
+	// The longest histories first: whoever may push under any name must not crowd
+	// out what happened to others.
+	repositories := slices.SortedStableFunc(slices.Values(k.Repositories), func(a, b status.RepositoryStatus) int { return b.Generations - a.Generations })
+	for _, r := range repositories {
+		if !r.Suspect || found == maxSubjects {
 			continue
 		}
 		found++

@@ -40,7 +40,7 @@ func (w *world) wantWords(words ...string) {
 func TestSuspectGeneration(t *testing.T) {
 	w := newWorld(t)
 	w.keeper(func(k *status.Keeper) {
-		k.Repositories = []status.RepositoryStatus{{Name: "photos", Suspects: []status.SuspectStatus{
+		k.Repositories = []status.RepositoryStatus{{Name: "photos", Suspect: true, Suspects: []status.SuspectStatus{
 			{Generation: "000012-20261105T030000Z", At: t0, Reasons: []string{"4711 of 5000 live chunks are gone.", "The repository id changed."}},
 		}}}
 	})
@@ -55,6 +55,22 @@ func TestSuspectGeneration(t *testing.T) {
 	w.beat("nas")
 	w.keeper(func(k *status.Keeper) { k.Repositories = []status.RepositoryStatus{{Name: "photos"}} })
 	w.want("attic repository photos has no suspect generation any more")
+}
+
+// An enemy who may push under any name cannot hide what happens to a repository
+// behind many others.
+func TestManySuspects(t *testing.T) {
+	w := newWorld(t)
+	w.keeper(func(k *status.Keeper) {
+		for i := range 1023 {
+			k.Repositories = append(k.Repositories, status.RepositoryStatus{Name: fmt.Sprint("a", i), Suspect: true, Generations: 2})
+		}
+		k.Repositories = append(k.Repositories, status.RepositoryStatus{Name: "photos", Suspect: true, Generations: 9})
+	})
+	got := w.take()
+	if !slices.Contains(got, "attic repository photos has a SUSPECT generation") || len(got) > maxSubjects {
+		t.Errorf("%d mails: %q", len(got), got)
+	}
 }
 
 func TestHistorysAlarms(t *testing.T) {
@@ -99,7 +115,7 @@ func TestHistorysAlarms(t *testing.T) {
 				k.Scrub = &status.Scrub{LastFull: t0.Add(-46 * day), Started: t0, Done: 0.125, Paused: "a push", Every: 30 * day}
 			},
 			title: "attic disk was not read through in time", words: []string{"12 % since", "a push", "30 days"},
-			over:  func(k *status.Keeper) { k.Scrub = &status.Scrub{LastFull: t0, Every: 30 * day} }, clear: "attic disk was read through again",
+			over: func(k *status.Keeper) { k.Scrub = &status.Scrub{LastFull: t0, Every: 30 * day} }, clear: "attic disk was read through again",
 		},
 		"full in 29 days": {
 			raise: func(k *status.Keeper) {
@@ -226,7 +242,7 @@ func TestHostileHistory(t *testing.T) {
 	}
 	w.keeper(func(k *status.Keeper) {
 		for range 200 {
-			k.Repositories = append(k.Repositories, status.RepositoryStatus{Name: evil, Suspects: []status.SuspectStatus{{Generation: evil, Reasons: many}}})
+			k.Repositories = append(k.Repositories, status.RepositoryStatus{Name: evil, Suspect: true, Suspects: []status.SuspectStatus{{Generation: evil, Reasons: many}}})
 			k.Retiring = append(k.Retiring, status.Retiring{Repository: evil, By: evil})
 			k.Untrue = append(k.Untrue, status.Untrue{Host: evil, What: evil})
 			k.Rot = append(k.Rot, status.Rot{Repository: evil, Path: evil, What: evil, Generations: many})

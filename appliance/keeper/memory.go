@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -60,6 +61,7 @@ type repository struct {
 	NewestAt    time.Time
 	ConfirmedAt time.Time
 	Generations int
+	Suspect     bool // of what is told: Suspects may be fewer than there are
 	Suspects    []status.SuspectStatus
 	Bytes       int64
 }
@@ -144,7 +146,30 @@ func writeJSON(path string, v any) error {
 }
 
 func (m *memory) saveRepositories() error {
-	return writeJSON(filepath.Join(m.dir, "repositories.json"), m.repositories)
+	return writeJSON(filepath.Join(m.dir, "repositories.json"), m.told())
+}
+
+// maxTold bounds the suspect generations that are told of in detail, over all
+// repositories.
+const maxTold = 32
+
+// told is what is known of repositories, with details of so many suspect
+// generations that it fits into a file. Those of the longest histories come first:
+// whoever may push under any name must not crowd out what happened to others.
+// m.mu is held.
+func (m *memory) told() map[string]repository {
+	names := slices.SortedFunc(maps.Keys(m.repositories), func(a, b string) int {
+		return cmp.Or(m.repositories[b].Generations-m.repositories[a].Generations, strings.Compare(a, b))
+	})
+	out, left := map[string]repository{}, maxTold
+	for _, name := range names {
+		r := m.repositories[name]
+		r.Suspect = r.Suspect || len(r.Suspects) > 0
+		r.Suspects = r.Suspects[:min(len(r.Suspects), left)]
+		left -= len(r.Suspects)
+		out[name] = r
+	}
+	return out
 }
 
 // newDisk forgets that anything was confirmed on the disk that comes now.
@@ -327,11 +352,12 @@ func (m *memory) status() status.Keeper {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var s status.Keeper
-	for _, name := range slices.Sorted(maps.Keys(m.repositories)) {
-		r := m.repositories[name]
+	told := m.told()
+	for _, name := range slices.Sorted(maps.Keys(told)) {
+		r := told[name]
 		s.Repositories = append(s.Repositories, status.RepositoryStatus{
 			Name: name, Newest: r.Newest, NewestAt: r.NewestAt, ConfirmedAt: r.ConfirmedAt, ChangedAt: r.NewestAt,
-			Generations: r.Generations, Suspect: len(r.Suspects) > 0, Suspects: r.Suspects, Bytes: r.Bytes,
+			Generations: r.Generations, Suspect: r.Suspect, Suspects: r.Suspects, Bytes: r.Bytes,
 		})
 	}
 	for _, host := range slices.Sorted(maps.Keys(m.heartbeats)) {
