@@ -391,8 +391,6 @@ func TestBorgOnAGenerationOverSSH(t *testing.T) {
 		b := borgtest.Init(t, work, "repo-"+encryption, encryption)
 		b.Fill(t, 5, 100_000)
 		b.Create(t, "first")
-		b.Fill(t, 3, 100_000)
-		b.Create(t, "second")
 		repositories[encryption] = b
 		text += fmt.Sprintf("[[repository]]\nname = %q\npath = %q\n", encryption, b.Path)
 	}
@@ -420,24 +418,26 @@ func TestBorgOnAGenerationOverSSH(t *testing.T) {
 		t.Run(encryption, func(t *testing.T) {
 			snapshot := filepath.Join(t.TempDir(), "snapshot")
 			must(t, os.CopyFS(snapshot, os.DirFS(b.Source)))
-			// The user's own environment remembers a newer state and another place of the
-			// same repository: as at home.
-			b.Fill(t, 1, 1000)
-			b.Create(t, "third")
+			// The user's own environment remembers a newer state of the same repository, at
+			// another place: as at home.
+			b.Create(t, "second")
 			environ := b.Command("list").Env
 			run := func(in string, args ...string) (string, string, int) {
 				t.Helper()
 				return farkeep(environ, in, append([]string{"borg", "attic", encryption, "latest", "--"}, args...)...)
 			}
 			out, text, code := run(work, "list", "--short")
-			if code != 0 || out != "first\nsecond\n" {
+			if code != 0 || out != "first\n" {
 				t.Fatalf("borg list: %d\n%s%s", code, out, text)
 			}
 			into := t.TempDir()
-			if _, text, code = run(into, "extract", "::second"); code != 0 {
+			if _, text, code = run(into, "extract", "::first"); code != 0 {
 				t.Fatalf("borg extract: %d\n%s", code, text)
 			}
 			same(t, snapshot, filepath.Join(into, b.Source))
+			if encryption != "repokey" {
+				return
+			}
 			if _, text, code = run(work, "check", "--verify-data"); code != 0 {
 				t.Errorf("borg check: %d\n%s", code, text)
 			}
@@ -445,8 +445,8 @@ func TestBorgOnAGenerationOverSSH(t *testing.T) {
 			if _, text, code = run(work, "info", "::no-such-archive"); code != 2 || !strings.Contains(text, "no-such-archive") || strings.Contains(text, "farkeep-pusher: error") {
 				t.Errorf("borg info of an archive that is not there: %d\n%s", code, text)
 			}
-			for _, writing := range [][]string{{"create", "::fourth", "."}, {"check", "--repair"}, {"check", "--rep"}, {"delete", "::first"}, {"prune", "--keep-last=1"},
-				{"compact"}, {"recreate"}, {"rename", "::first", "x"}, {"key", "change-passphrase"}, {"init", "-e", "none"}, {"config", "::", "append_only", "1"}, {"with-lock", "::", "true"}, {"--info", "create"}} {
+			// All that writes is in borgcopy.TestCheck.
+			for _, writing := range [][]string{{"create", "::third", "."}, {"check", "--rep"}} {
 				if _, text, code := run(work, writing...); code != hint.ExitUsage || !strings.Contains(text, "hint:") {
 					t.Errorf("borg %v was not refused: %d\n%s", writing, code, text)
 				}
@@ -481,10 +481,10 @@ func checkBorgMount(t *testing.T, pusher string, args, environ []string, want, s
 	must(t, cmd.Start())
 	defer cmd.Process.Kill()
 	await(t, "borg mounts the archives", func() bool {
-		_, err := os.Stat(filepath.Join(dir, "second"))
+		_, err := os.Stat(filepath.Join(dir, "first"))
 		return err == nil
 	})
-	same(t, want, filepath.Join(dir, "second", source))
+	same(t, want, filepath.Join(dir, "first", source))
 	must(t, cmd.Process.Signal(unix.SIGINT))
 	if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() != hint.ExitCancelled {
 		t.Errorf("borg mount ended with %v\n%s", err, log)

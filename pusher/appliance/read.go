@@ -6,13 +6,16 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"github.com/pkg/sftp"
 
 	"farkeep/pusher/readback"
+	storage "farkeep/shared/generations"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
@@ -68,11 +71,27 @@ func generations(ctx context.Context, client *sshverb.Client, repository string)
 		if err != nil {
 			return nil, broken(d, err)
 		}
-		if len(all) == maxGenerations || repository != "" && g.Repository != repository {
+		// These names become paths and file system names, and people see the words.
+		_, _, nameErr := storage.ParseName(g.Name)
+		if len(all) == maxGenerations || repository != "" && g.Repository != repository || errors.Join(nameErr, pushwire.CheckRepository(g.Repository)) != nil {
 			return nil, fmt.Errorf("%s: the answer is not the list that was asked for", verb)
+		}
+		g.Standing, g.Why = printable(g.Standing), printable(g.Why)
+		for i := range g.Reasons {
+			g.Reasons[i] = printable(g.Reasons[i])
 		}
 		all = append(all, g)
 	}
+}
+
+// printable makes an appliance's words safe for a terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, s)
 }
 
 // Open implements readback.Source.

@@ -140,7 +140,10 @@ func (r *run) run(ctx context.Context) error {
 			retry.Reset()
 		default:
 		}
-		if !target.Temporary(err) || ctx.Err() != nil {
+		if ctx.Err() != nil {
+			return hint.Because(ctx.Err(), "run the same command again: it goes on where it was")
+		}
+		if !target.Temporary(err) {
 			return full(r.To, err)
 		}
 		if time.Since(last) > r.GiveUp {
