@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -157,6 +158,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	var conns sync.WaitGroup
 	defer conns.Wait()
 	slots := make(chan struct{}, limits.Connections)
+	var strangers lobby
 	for {
 		conn, err := l.Accept()
 		if err != nil {
@@ -178,19 +180,67 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		select {
 		case slots <- struct{}{}:
 		default:
-			s.Log.Warn("too many connections, one turned away", "peer", conn.RemoteAddr(), "limit", limits.Connections)
-			conn.Close()
-			continue
+			// Whoever has not shown a key yet makes room, the longest silent first:
+			// otherwise a few connections that say nothing, opened again and again,
+			// would shut out everybody.
+			if !strangers.showOut(slots) {
+				s.Log.Warn("too many connections, one turned away", "peer", conn.RemoteAddr(), "limit", limits.Connections)
+				conn.Close()
+				continue
+			}
 		}
 		conns.Add(1)
+		strangers.enter(conn)
 		go func() {
 			defer func() { <-slots; conns.Done() }()
-			s.serveConn(ctx, conn, config, limits)
+			defer strangers.leave(conn)
+			s.serveConn(ctx, conn, config, limits, func() { strangers.leave(conn) })
 		}()
 	}
 }
 
-func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerConfig, limits Limits) {
+// lobby holds the connections that have not authenticated yet, oldest first.
+type lobby struct {
+	mu  sync.Mutex
+	all []net.Conn
+}
+
+func (l *lobby) enter(c net.Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = append(l.all, c)
+}
+
+// leave may be called more than once.
+func (l *lobby) leave(c net.Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = slices.DeleteFunc(l.all, func(o net.Conn) bool { return o == c })
+}
+
+// makeRoom bounds the wait for a connection that was closed to give its place.
+const makeRoom = time.Second
+
+// showOut ends the oldest connection and takes its place in slots.
+func (l *lobby) showOut(slots chan<- struct{}) bool {
+	l.mu.Lock()
+	if len(l.all) == 0 {
+		l.mu.Unlock()
+		return false
+	}
+	l.all[0].Close()
+	l.all = slices.Delete(l.all, 0, 1)
+	l.mu.Unlock()
+	select {
+	case slots <- struct{}{}:
+		return true
+	case <-time.After(makeRoom):
+		return false
+	}
+}
+
+// serveConn serves one connection; known is called when it has authenticated.
+func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerConfig, limits Limits, known func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	id := newID()
@@ -213,6 +263,7 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerC
 		log.Info("handshake not completed", "err", err)
 		return
 	}
+	known()
 	defer sc.Close()
 	conn.SetDeadline(time.Time{})
 	log = log.With("key", ssh.FingerprintSHA256(offered))

@@ -283,6 +283,29 @@ func TestLimits(t *testing.T) {
 	<-ts.stalled
 }
 
+// Connections that say nothing, however many, shut nobody out: the longest silent
+// one makes room. One that has authenticated does not.
+func TestSilentConnectionsMakeRoom(t *testing.T) {
+	ts := startServer(t, sshverb.Limits{Connections: 3, PerKey: 3})
+	first := ts.dial(t)
+	if _, err := first.Run(t.Context(), "who", nil, 1<<10); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		c, err := net.Dial("tcp", ts.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	second := ts.dial(t)
+	for _, c := range []*sshverb.Client{first, second} {
+		if _, err := c.Run(t.Context(), "who", nil, 1<<10); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // A stock OpenSSH client drives the verbs, and gets nothing else.
 func TestOpenSSH(t *testing.T) {
 	ssh, err := exec.LookPath("ssh")
