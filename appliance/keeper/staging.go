@@ -217,6 +217,11 @@ func (c *call) pushCopy(ctx context.Context, store *generations.Store, p *push, 
 				return name, false, nil
 			}
 		}
+		if ctx.Err() != nil {
+			// The disk is wanted back: there is no time to undo. The next commit finds in the
+			// copy's own list which modes the adopted files had.
+			return "", false, err
+		}
 		// What is adopted takes no room, but keeps the copy's files shared.
 		undo := tx.Abort(ctx)
 		c.mu.Lock()

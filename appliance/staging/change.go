@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -252,7 +253,7 @@ func (w *writer) WriteAt(p []byte, offset int64) (int, error) {
 	w.node.mu.Unlock()
 	n, err := w.file.WriteAt(p, offset)
 	if err != nil {
-		w.s.log.Warn("staging: write", "file", w.file.Name(), "err", err)
+		w.s.note("Write", w.file.Name(), err)
 		w.s.complain(answer(err))
 		return n, answer(err)
 	}
@@ -481,7 +482,7 @@ func (t *tree) rename(s *Session, from, to string, replace bool) error {
 		if err != nil {
 			return err
 		}
-		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR && (strings.Count(to, "/") > strings.Count(from, "/") || len(to) > len(from)) {
 			if err := t.mayMove(s.ctx, src, oldName, to); err != nil {
 				return err
 			}

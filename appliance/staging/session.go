@@ -35,9 +35,10 @@ type Session struct {
 	open  int
 	last  string // what was said last
 	said  int
+	noted int
 }
 
-// maxSaid bounds the lines that a session says to a person.
+// maxSaid bounds the lines that a session says to a person, and those of the log.
 const maxSaid = 100
 
 // Serve speaks SFTP (draft-ietf-secsh-filexfer-02, as OpenSSH does) on rw until the
@@ -123,6 +124,20 @@ func (s *Session) complain(err error) {
 	}
 }
 
+// note logs what was refused, as far as one session may fill the log.
+func (s *Session) note(method, path string, err error) {
+	s.mu.Lock()
+	s.noted++
+	n := s.noted
+	s.mu.Unlock()
+	switch {
+	case n < maxSaid:
+		s.log.Info("staging: refused", "method", method, "path", path, "err", err)
+	case n == maxSaid:
+		s.log.Warn("staging: this session's further refusals are not logged")
+	}
+}
+
 // fail turns an error into the answer to a request, and logs what that leaves
 // out.
 func (s *Session) fail(r *sftp.Request, err error) error {
@@ -132,7 +147,7 @@ func (s *Session) fail(r *sftp.Request, err error) error {
 	out := answer(err)
 	var told *refusal
 	if !errors.Is(out, sftp.ErrSSHFxNoSuchFile) && !(errors.As(out, &told) && told.quiet) {
-		s.log.Info("staging: refused", "method", r.Method, "path", r.Filepath, "err", err)
+		s.note(r.Method, r.Filepath, err)
 	}
 	s.complain(out)
 	return out

@@ -48,7 +48,7 @@ type bench struct {
 
 func newBench(t testing.TB) *bench {
 	t.Helper()
-	return openBench(t, t.TempDir())
+	return openBench(t, tmpfs(t, "128m")) // every commit syncs its file system
 }
 
 func openBench(t testing.TB, dir string) *bench {

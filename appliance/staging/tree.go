@@ -105,11 +105,17 @@ func (t *tree) open(ctx context.Context, begin bool) (err error) {
 	}
 	defer top.Close()
 	if begin {
-		repository, _, err := top.MakeDir(t.repository, 0o700)
+		repository, made, err := top.MakeDir(t.repository, 0o700)
 		if err != nil {
 			return err
 		}
 		defer repository.Close()
+		if made {
+			// A key that may use every name must not fill the disk with names.
+			if err := room(top); err != nil {
+				return errors.Join(err, top.RemoveDir(t.repository))
+			}
+		}
 		if t.home, _, err = repository.MakeDir(t.key, 0o700); err != nil {
 			return err
 		}
@@ -130,6 +136,18 @@ func (t *tree) open(ctx context.Context, begin bool) (err error) {
 	}
 	t.files, err = t.home.Dir(filesFolder)
 	return err
+}
+
+// room refuses one repository too many in staging/.
+func room(top *beneath.Dir) error {
+	n := 0
+	if err := top.Each(func(fs.DirEntry) error { n++; return nil }); err != nil {
+		return err
+	}
+	if n > MaxCopies {
+		return refuse("there are staging copies of %d repositories already, which is the most", MaxCopies)
+	}
+	return nil
 }
 
 // begin makes the copy: a hard link of every file of the current generation, in
