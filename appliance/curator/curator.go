@@ -146,7 +146,7 @@ func New(ctx context.Context, disk Disk, opt Options) (*Curator, error) {
 	uncounted := false
 	for _, record := range []struct {
 		name string
-		v    any
+		v    interface{ sane() bool }
 		lost func()
 	}{
 		{"clock", &c.clock, func() { c.clock, c.broken = clockRecord{}, "clock" }},
@@ -157,11 +157,15 @@ func New(ctx context.Context, disk Disk, opt Options) (*Curator, error) {
 		{"room", &c.days, func() { c.days = roomRecord{} }},
 	} {
 		err := disk.ReadRecord(record.name, record.v)
+		if err == nil && !record.v.sane() {
+			err = errors.New("its numbers make no sense")
+		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			opt.Log.Error("a record on the disk cannot be read", "record", record.name, "err", err)
 			record.lost()
 		}
 	}
+	c.catchUp()
 	if c.floors.Repositories == nil {
 		c.floors.Repositories = map[string]floor{}
 	}
@@ -202,6 +206,58 @@ func New(ctx context.Context, disk Disk, opt Options) (*Curator, error) {
 		}
 	}
 	return c, nil
+}
+
+// longest bounds every span in a record, in seconds.
+const longest = 200 * 365 * day
+
+func plausible(seconds int64) bool { return seconds >= 0 && seconds <= longest }
+
+func (r *clockRecord) sane() bool { return plausible(r.Passed) && plausible(r.Ahead) && plausible(r.Uptime) }
+
+func (r *floorRecord) sane() bool {
+	for _, f := range r.Repositories {
+		if f.Generations < 0 || !plausible(f.Age) {
+			return false
+		}
+	}
+	return true
+}
+
+func (r *expiryRecord) sane() bool {
+	for _, gone := range r.Gone {
+		if slices.ContainsFunc(gone, func(at int64) bool { return !plausible(at) }) {
+			return false
+		}
+	}
+	return true
+}
+
+func (r *retiringRecord) sane() bool {
+	for _, e := range r.Repositories {
+		if !plausible(e.Passed) || !plausible(e.After) || e.Asked.IsZero() {
+			return false
+		}
+	}
+	return true
+}
+
+func (r *roomRecord) sane() bool {
+	return !slices.ContainsFunc(r.Days, func(d dayRecord) bool { return d.Day < 0 || d.Day > longest/day || d.Added < 0 || d.First < 0 })
+}
+
+// catchUp makes what was counted by a record of the time that is lost begin anew
+// with the one that is there: it counts in full, and not for ever.
+func (c *Curator) catchUp() {
+	for _, gone := range c.expiry.Gone {
+		for i := range gone {
+			gone[i] = min(gone[i], c.clock.Passed)
+		}
+	}
+	for name, r := range c.retiring.Repositories {
+		r.Passed = min(r.Passed, c.clock.Passed)
+		c.retiring.Repositories[name] = r
+	}
 }
 
 // everything stands for all repositories in expiryRecord.Gone.

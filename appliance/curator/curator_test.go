@@ -737,3 +737,78 @@ func TestForecast(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// What a record of the time counted does not outlive it: not for ever, that is.
+func TestLostClock(t *testing.T) {
+	w := newWorld(t)
+	w.run(3)
+	w.commit("docs", 1, generations.Good)
+	if _, err := w.Retire("docs", "boss"); err != nil {
+		t.Fatal(err)
+	}
+	w.history.ExpirePerDay = 0
+	w.open()
+	w.run(10)
+	w.history.ExpirePerDay = 2
+	w.open()
+	w.mustPass()
+	n := len(w.numbers("photos"))
+	w.shelf.records["clock"] = "broken"
+	w.open()
+	if _, _, err := w.AcceptClock("boss"); err != nil {
+		t.Fatal(err)
+	}
+	w.mustPass()
+	if got := len(w.numbers("photos")); got != n {
+		t.Errorf("the day's bound was forgotten: %d of %d are left", got, n)
+	}
+	w.true = w.true.Add(25 * time.Hour)
+	w.mustPass()
+	if got := len(w.numbers("photos")); got != n-2 {
+		t.Errorf("a day later %d of %d are left", got, n)
+	}
+	w.run(12)
+	if len(w.numbers("docs")) != 1 {
+		t.Error("the delay was shortened")
+	}
+	w.run(3)
+	if len(w.numbers("docs")) != 0 {
+		t.Error("it never leaves")
+	}
+}
+
+// Whatever the records hold, nothing panics, and the settings' floor, the newest
+// and a day's bound hold.
+func FuzzRecords(f *testing.F) {
+	for _, seed := range []struct{ clock, floor, expiry, retiring, room string }{
+		{},
+		{clock: "latest = 2026-11-05T12:00:00Z\npassed_seconds = 5\nahead_seconds = 0\nboot = '1'\nuptime_seconds = 1\n"},
+		{clock: "latest = 2026-11-05T12:00:00Z\npassed_seconds = 9223372036854775807\nahead_seconds = -1\nboot = ''\nuptime_seconds = 1\n"},
+		{floor: "[repositories.photos]\ngenerations = 3\nage_seconds = 9223372036854775807\n"},
+		{expiry: "frozen_since = 0001-01-01T00:00:00Z\n[gone]\nphotos = [1, 2, 9223372036854775807]\n"},
+		{retiring: "[repositories.docs]\nby = 'x'\nasked = 2000-01-01T00:00:00Z\npassed_seconds = 0\nafter_seconds = -1\n"},
+		{room: "[[days]]\nday = 9223372036854775807\nadded = -5\nfirst = 1\nfree = -1\n"},
+	} {
+		f.Add(seed.clock, seed.floor, seed.expiry, seed.retiring, seed.room)
+	}
+	f.Fuzz(func(t *testing.T, clock, floor, expiry, retiring, room string) {
+		w := newWorld(t)
+		w.history.ExpirePerDay, w.history.WhenFull, w.shelf.total = 0, history.Thin, 1<<40
+		w.open()
+		w.run(12)
+		w.history.ExpirePerDay = 2
+		for name, text := range map[string]string{"clock": clock, "floor": floor, "expiry": expiry, "retiring": retiring, "room": room} {
+			if text != "" {
+				w.shelf.records[name] = text
+			}
+		}
+		newest := w.shelf.lists["photos"][11].Name
+		w.open()
+		_ = w.Pass(t.Context())
+		w.State()
+		left := w.shelf.lists["photos"]
+		if !strings.Contains(retiring, "photos") && (len(left) < 10 || left[len(left)-1].Name != newest) {
+			t.Errorf("%d generations are left", len(left))
+		}
+	})
+}
