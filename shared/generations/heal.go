@@ -1,6 +1,7 @@
 package generations
 
 import (
+	"bufio"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -92,7 +93,11 @@ func ReadSum(ctx context.Context, r io.Reader, size int64, sum manifest.Sum, buf
 // commit heals.
 func (s *Store) Heal(ctx context.Context, repository string) (int, error) {
 	open, err := s.openRot(repository)
-	if err != nil || len(open) == 0 {
+	if err != nil {
+		return 0, err
+	}
+	lists, err := s.openSums(repository)
+	if err != nil || len(open)+len(lists) == 0 {
 		return 0, err
 	}
 	dir, err := s.makeDir(s.incoming, repository, privatePerm)
@@ -106,7 +111,79 @@ func (s *Store) Heal(ctx context.Context, repository string) (int, error) {
 		}
 		return 0, fmt.Errorf("heal %s: %w", repository, err)
 	}
-	return s.heal(ctx, repository, dir, nil)
+	var failed []error
+	for _, name := range lists {
+		if err := s.healSums(ctx, repository, name, dir); err != nil {
+			failed = append(failed, fmt.Errorf("heal %s of generation %s of %s: %w", SumsFile, name, repository, err))
+		}
+	}
+	n, err := s.heal(ctx, repository, dir, nil)
+	return n, errors.Join(append(failed, err)...)
+}
+
+// healSums writes a generation's SUMS.b2 anew, from its manifest.
+func (s *Store) healSums(ctx context.Context, repository, name string, dir *beneath.Dir) error {
+	g, err := s.Generation(ctx, repository, name)
+	if err != nil {
+		return err
+	}
+	gen, err := s.OpenGeneration(repository, name)
+	if err != nil {
+		return err
+	}
+	defer gen.Close()
+	in, _, err := gen.Open(ManifestFile)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := s.create(dir, healLink, 0o444)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	w := bufio.NewWriterSize(out, 256<<10)
+	var line []byte
+	for r := manifest.NewReader(in); ; {
+		if r.Index()%1024 == 0 && ctx.Err() != nil {
+			return ctx.Err()
+		}
+		e, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			if d := r.Summary().Digest; g.Format == 0 || d != g.Digest {
+				return fmt.Errorf("%w: there is no %s to make it from", ErrDamaged, ManifestFile)
+			}
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		if e.Kind != manifest.File {
+			continue
+		}
+		line = appendSum(line[:0], &e)
+		if _, err := w.Write(line); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(w.Flush(), out.Sync()); err != nil {
+		return err
+	}
+	if err := dir.Rename(healLink, gen, SumsFile); err != nil {
+		return err
+	}
+	if err := gen.Sync(); err != nil {
+		return err
+	}
+	return s.changeRot(func(r *rotRecord) bool {
+		changed := false
+		for i := range r.Files {
+			if f := &r.Files[i]; f.isSums(repository) && slices.Contains(f.Generations, name) {
+				f.Healed, changed = s.opt.Now().UTC().Truncate(time.Second), true
+			}
+		}
+		return changed
+	})
 }
 
 // heal is Heal under the repository's lock; dir is incoming/<repository>, extra

@@ -271,6 +271,30 @@ func TestHealByAChangedRepository(t *testing.T) {
 	}
 }
 
+// TestHealSums: a SUMS.b2 that rotted is made anew from the manifest, and only from
+// the right one.
+func TestHealSums(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, generations.Options{})
+	names, days := historyOf(t, s, nil)
+	list := func(generation, name string) string {
+		return filepath.Join(dir, "generations/photos", generation, name)
+	}
+	damage(t, list(names[0], generations.SumsFile), flip(70))
+	damage(t, list(names[1], generations.SumsFile), flip(70))
+	if n := len(verifyAll(t, s, names[:2])); n != 2 {
+		t.Errorf("%d lists are rotten, want 2", n)
+	}
+	damage(t, list(names[1], generations.ManifestFile), flip(40))
+	if _, err := s.Heal(t.Context(), "photos"); !errors.Is(err, generations.ErrDamaged) {
+		t.Errorf("without a manifest: %v", err)
+	}
+	compare(t, dir, "photos", names[0], days[0])
+	if left := rotten(t, s); len(left) != 1 || left[0].Generations[0] != names[1] {
+		t.Errorf("still rotten: %+v", left)
+	}
+}
+
 // TestHealFromAnotherCopy: the same content in an inode of its own heals.
 func TestHealFromAnotherCopy(t *testing.T) {
 	dir := t.TempDir()

@@ -237,6 +237,26 @@ func (s *Store) openRot(repository string) (map[manifest.Sum]Rot, error) {
 	return open, nil
 }
 
+// isSums says that a SUMS.b2 of the repository waits to be written anew.
+func (r *Rot) isSums(repository string) bool {
+	return r.Repository == repository && r.Open() && r.Sum == (manifest.Sum{}) && r.Path == SumsFile
+}
+
+// openSums returns the generations whose SUMS.b2 waits to be written anew.
+func (s *Store) openSums(repository string) (names []string, err error) {
+	s.rot.mu.Lock()
+	defer s.rot.mu.Unlock()
+	if err := s.loadRot(); err != nil {
+		return nil, err
+	}
+	for _, r := range s.rot.Files {
+		if r.isSums(repository) {
+			names = append(names, r.Generations...)
+		}
+	}
+	return names, nil
+}
+
 // noteVerified records what Verify found.
 func (s *Store) noteVerified(repository, generation string, r *Report, cause error) {
 	if s.opt.ReadOnly {
@@ -275,7 +295,7 @@ func (s *Store) RottenRepositories(context.Context) ([]string, error) {
 	files, _, err := s.Rotten()
 	var names []string
 	for _, r := range files {
-		if r.Open() && r.Sum != (manifest.Sum{}) && pushwire.CheckRepository(r.Repository) == nil {
+		if r.Open() && (r.Sum != (manifest.Sum{}) || r.Path == SumsFile) && pushwire.CheckRepository(r.Repository) == nil {
 			names = append(names, r.Repository)
 		}
 	}
