@@ -109,10 +109,13 @@ func (d *show) mail(ctx context.Context, wait time.Duration, since time.Time, ma
 
 // refused tries what the appliance must not allow.
 func (d *show) refused(ctx context.Context) error {
-	for identity, verb := range map[string]string{
-		"home/pusher/ssh_key":  "logs",
-		"operator/restore_key": "commit x",
+	for _, try := range []struct{ identity, verb string }{
+		{"home/pusher/ssh_key", "logs"},
+		{"home/pusher/ssh_key", "retire notes"},
+		{"operator/restore_key", "commit x"},
+		{"operator/restore_key", "floor 1 0s"},
 	} {
+		verb, identity := try.verb, try.identity
 		out, err := d.vault.SSH(ctx, identity, strings.Fields(verb)...)
 		var failed *stage.CommandError
 		if !errors.As(err, &failed) || failed.Code() != 4 || out != "" {

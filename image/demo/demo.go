@@ -302,10 +302,13 @@ func (d *show) powerCut(ctx context.Context) error {
 func (d *show) restore(ctx context.Context) error {
 	d.chapter("5. Reading back")
 	var newest pushwire.Generation
-	if err := d.step("list the generations", func() error {
+	if err := d.step("list the generations, and why each of them stays", func() error {
 		all, err := d.generations(ctx, d.vault)
 		for _, g := range all {
-			d.say("%s  %s  %d entries, %d bytes", g.Repository, g.Name, g.Entries, g.Bytes)
+			d.say("%s  %s  %d entries, %d bytes, %s: %s", g.Repository, g.Name, g.Entries, g.Bytes, g.Standing, g.Why)
+			if !g.Keep || g.Why == "" || g.Standing != "good" {
+				return fmt.Errorf("%s %s: keep %v because of %q, standing %q %q", g.Repository, g.Name, g.Keep, g.Why, g.Standing, g.Reasons)
+			}
 			newest = g
 		}
 		if err == nil && len(all) < 3 {
@@ -330,7 +333,7 @@ func (d *show) restore(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if err := d.step("a push key reads nothing, and nobody can write", func() error {
+	if err := d.step("a push key reads nothing, nobody can write, and neither key decides about history", func() error {
 		return d.refused(ctx)
 	}); err != nil {
 		return err
