@@ -265,31 +265,37 @@ get /photos/a local/back
 	s.holds(t, "photos", first.Generation, want)
 }
 
-// A commit takes no file that is being written, and says so.
+// A commit takes no file that is being written, and says so. What a client left half
+// done when it died is as good as what it put there.
 func TestStockCommitDuringUpload(t *testing.T) {
 	need(t, "sftp", "openssh-client", "ssh", "-V")
 	s := startStock(t, "64m")
 	write(t, s.dir+"/a", "one")
+	write(t, s.dir+"/big", noise(1, 4<<20))
 	s.sftp(t, "pi", "mkdir /photos\nput a /photos/a\n").must(t, "sftp")
-	// A client that stays: a file comes through a pipe that nobody fills.
-	cmd := exec.CommandContext(t.Context(), "sftp", "-F", s.config, "-b", "-", "pi")
-	in, err := cmd.StdinPipe()
-	must(t, err)
-	out := &output{}
-	cmd.Stdout, cmd.Stderr, cmd.Dir = out, out, s.dir
-	must(t, cmd.Start())
-	fmt.Fprintf(in, "put a /photos/b\n!echo now > there\n")
-	await(t, "the client has uploaded", func() bool { _, err := os.Stat(s.dir + "/there"); return err == nil })
-	if r := s.ssh(t, "pi", "commit photos"); r.code != hint.ExitUnreachable || !strings.Contains(r.err, "somebody is uploading to it") || !strings.Contains(r.err, "commit when the upload has ended") {
+	// At 64 Kbit/s it uploads for nine minutes.
+	client := exec.CommandContext(t.Context(), "sftp", "-F", s.config, "-l", "64", "-b", "-", "pi")
+	client.Stdin, client.Dir = strings.NewReader("put big /photos/big\n"), s.dir
+	must(t, client.Start())
+	staged := filepath.Join(s.paths.Disk(), "staging", "photos", "home", "files")
+	await(t, "the upload has begun", func() bool { _, err := os.Stat(staged + "/big"); return err == nil })
+	if r := s.ssh(t, "pi", "commit photos"); r.code != hint.ExitUnreachable || !strings.Contains(r.err, "somebody is uploading to it: 1 files are open for writing") || !strings.Contains(r.err, "commit when the upload has ended") {
 		t.Errorf("a commit during an upload: code %d, %s", r.code, r.err)
 	}
-	if r := s.ssh(t, "pi", "abort photos"); r.code == 0 {
-		t.Error("an upload was discarded under its client")
+	if r := s.ssh(t, "pi", "abort photos"); r.code != hint.ExitUnreachable {
+		t.Errorf("an upload was discarded under its client: code %d, %s", r.code, r.err)
 	}
-	must(t, in.Close())
-	must(t, cmd.Wait())
-	c := s.commit(t, "photos")
-	s.holds(t, "photos", c.Generation, map[string]string{"a": "one", "b": "one"})
+	must(t, client.Process.Kill())
+	client.Wait() // it was killed
+	var c pushwire.CommitAnswer
+	await(t, "the appliance sees that the client is gone", func() bool {
+		r := s.ssh(t, "pi", "commit photos")
+		return r.code == 0 && json.Unmarshal([]byte(r.out), &c) == nil
+	})
+	got := content(t, s.files("photos", c.Generation))
+	if got["a"] != "one" || !strings.HasPrefix(noise(1, 4<<20), got["big"]) || len(got) != 2 {
+		t.Errorf("committed: a %q, big of %d bytes", got["a"], len(got["big"]))
+	}
 }
 
 func TestStockRclone(t *testing.T) {

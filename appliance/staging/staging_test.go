@@ -529,7 +529,7 @@ func TestWritersAndCommitsAtOnce(t *testing.T) {
 		})
 	}
 	done := 0
-	for limit := time.Now().Add(20 * time.Second); done < 10 && time.Now().Before(limit); {
+	for limit := time.Now().Add(5 * time.Second); done < 10 && (done == 0 || time.Now().Before(limit)); {
 		_, _, err := b.commit(t, p, "photos")
 		switch {
 		case err == nil:
@@ -542,9 +542,6 @@ func TestWritersAndCommitsAtOnce(t *testing.T) {
 	}
 	stop.Store(true)
 	writers.Wait()
-	if done == 0 {
-		t.Error("no commit found a moment")
-	}
 	w.look(t, b)
 }
 
@@ -767,11 +764,15 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 func TestSilentPeer(t *testing.T) {
 	b := newBench(t)
 	p := b.peer("home")
-	p.IdleTimeout = 100 * time.Millisecond
-	c, _ := b.client(t, p)
-	_, err := c.Create("/photos/a")
-	must(t, err)
-	c.Wait() // the other side hangs up
+	// A machine that is busy may be the one that is silent.
+	for p.IdleTimeout = 50 * time.Millisecond; ; p.IdleTimeout *= 2 {
+		c, _ := b.client(t, p)
+		_, err := c.Create("/photos/a")
+		c.Wait() // the other side hangs up
+		if err == nil {
+			break
+		}
+	}
 	if !strings.Contains(b.said(), "nothing was asked for") {
 		t.Errorf("said: %s", b.said())
 	}
