@@ -4,11 +4,13 @@
 export CGO_ENABLED := 0
 GO       ?= go
 FUZZTIME ?= 30s
+KILLS    ?= 500
+CUTS     ?= 50
 NEEDS    := qemu-system-arm borgbackup rsync openssh-client openssh-server cryptsetup-bin \
             fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd \
             rclone restic
 
-.PHONY: help all demo test test-fast lint bench fuzz image simulate needs clean
+.PHONY: help all demo test test-fast lint bench fuzz image simulate torture needs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,9 +43,13 @@ fuzz: ## run every fuzz target for FUZZTIME
 	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
 
 simulate: ## live a year with real Borg: the figures of docs/retention.md, and the judge (an hour or two)
-	FARKEEP_SIMULATE=400 $(GO) test -count=1 -timeout 6h -run TestRealBorg ./image/diskuse
+	FARKEEP_SIMULATE=300 $(GO) test -count=1 -timeout 6h -run TestRealBorg ./image/diskuse
 	FARKEEP_FIGURES=write $(GO) test -count=1 -run TestFigures ./image/diskuse
 	FARKEEP_SIMULATE=365 $(GO) test -count=1 -timeout 6h -v -run TestSimulation ./appliance/suspect
+
+torture: needs ## kill and cut for long: SEED=n KILLS=500 CUTS=50
+	FARKEEP_TORTURE_SEED=$(SEED) FARKEEP_TORTURE_KILLS=$(KILLS) FARKEEP_TORTURE_CUTS=$(CUTS) \
+	  $(GO) test -count=1 -timeout 12h -v -tags vm ./image/torture
 
 image: all ## build the flashable image into out/
 	@mkdir -p out
