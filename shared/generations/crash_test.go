@@ -173,6 +173,25 @@ func (c *crasher) said() (names []string) {
 	}
 }
 
+// await takes what the process says up to a line that begins so.
+func (c *crasher) await(tb testing.TB, prefix string) (names []string) {
+	tb.Helper()
+	limit := time.After(2 * time.Minute)
+	for {
+		select {
+		case name, ok := <-c.names:
+			if !ok {
+				tb.Fatal("the pushing process ended by itself")
+			}
+			if names = append(names, name); strings.HasPrefix(name, prefix) {
+				return names
+			}
+		case <-limit:
+			tb.Fatalf("the pushing process does not say %q", prefix)
+		}
+	}
+}
+
 func (c *crasher) kill(tb testing.TB) (names []string) {
 	tb.Helper()
 	if err := c.cmd.Process.Kill(); err != nil {
@@ -237,8 +256,11 @@ func TestKilledAtAnyInstant(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	t.Logf("seed %d", seed)
 	var said []string
-	for range kills {
+	for i := range kills {
 		c := startCrasher(t, dir)
+		if i%5 == 0 { // on a busy machine too it gets somewhere
+			said = append(said, c.await(t, "")...)
+		}
 		time.Sleep(time.Duration(r.Int64N(int64(250 * time.Millisecond)))) // the instant is what is random here
 		said = append(said, c.kill(t)...)
 	}
@@ -275,7 +297,7 @@ func tool(tb testing.TB, pkg, name string, args ...string) string {
 func TestPowerCutAtAnyInstant(t *testing.T) {
 	var last int64
 	kept := 0
-	cutPower(t, 10, nil, func(image string, said []string) {
+	cutPower(t, 10, "", nil, func(image string, said []string) {
 		day, some := afterCut(t, image, said)
 		last = day
 		if some {
@@ -289,8 +311,9 @@ func TestPowerCutAtAnyInstant(t *testing.T) {
 }
 
 // cutPower runs a crasher and hands copies of its disk, as so many power cuts
-// would leave it, to check, with all that the crasher had said.
-func cutPower(t *testing.T, cuts int, env []string, check func(image string, said []string)) {
+// would leave it, to check, with all that the crasher had said. Every other cut
+// comes after it said something that begins with await, if that is not empty.
+func cutPower(t *testing.T, cuts int, await string, env []string, check func(image string, said []string)) {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("this test makes and mounts a file system: run it as root")
@@ -334,8 +357,13 @@ func cutPower(t *testing.T, cuts int, env []string, check func(image string, sai
 	c := startCrasher(t, disk, env...)
 	defer c.kill(t)
 	var said []string
-	for range cuts {
-		time.Sleep(100*time.Millisecond + time.Duration(r.Int64N(int64(300*time.Millisecond)))) // the instant is what is random here
+	for i := range cuts {
+		if await != "" && i%2 == 0 {
+			said = append(said, c.await(t, await)...)
+			time.Sleep(time.Duration(r.Int64N(int64(100 * time.Millisecond)))) // the instant is what is random here
+		} else {
+			time.Sleep(100*time.Millisecond + time.Duration(r.Int64N(int64(300*time.Millisecond))))
+		}
 		if err := c.cmd.Process.Signal(unix.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}

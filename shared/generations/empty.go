@@ -174,8 +174,9 @@ func (e *emptier) files(dir *beneath.Dir, done *progress) error {
 		if entry.Kind != manifest.File {
 			continue
 		}
-		if len(u.names) >= e.s.unit || list.Index() == done.Next {
-			// What was counted before a cut is gone before anything else is counted.
+		if len(u.names) >= e.s.unit || len(u.names) > 0 && u.names[0].index < done.Next && list.Index() >= done.Next {
+			// What was counted before a cut is gone before anything else is counted: an
+			// inode that has a name on either side is counted with the last.
 			if err := e.removeBatch(dir, u, done); err != nil {
 				return err
 			}

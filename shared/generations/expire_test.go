@@ -901,3 +901,45 @@ func TestVerifyOfWhatExpires(t *testing.T) {
 		t.Errorf("%v is said to be rotten, %v", files, err)
 	}
 }
+
+// Wherever a cut falls between the names of one inode, it is counted once.
+func TestCutBetweenTwins(t *testing.T) {
+	disk := tmpfs(t, "64m")
+	day := tree{}
+	for i := range 8 {
+		// Each content has two names, in folders next to each other.
+		day.add(fmt.Sprintf("%d/a", i), fmt.Sprint("twin ", i)).add(fmt.Sprintf("%d/b", i), fmt.Sprint("twin ", i+1))
+	}
+	next := tree{}.add("0/b", "twin 1")
+	for i := range 20 { // it shows more than it holds: a wrong charge is not cut off
+		next.add(fmt.Sprint("more/", i), "more")
+	}
+	for cut, done := 1, false; !done; cut++ {
+		dir := filepath.Join(disk, fmt.Sprint(cut))
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		s := open(t, dir, generations.Options{})
+		s.CountEvery(3)
+		one, _ := push(t, s, "photos", day)
+		two, _ := push(t, s, "photos", next)
+		if err := os.Rename(filepath.Join(dir, "generations/photos", one), filepath.Join(dir, ".farkeep/going", "photos--"+one)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := s.Sweep(newFuse(cut))
+		if err != nil && !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		done = err == nil
+		s = open(t, dir, generations.Options{})
+		s.CountEvery(1 + cut%7) // not where it was noted before
+		if _, err := s.Sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		checkCharges(t, dir, s, "photos")
+		if t.Failed() {
+			t.Fatalf("cut at look %d", cut)
+		}
+		compare(t, dir, "photos", two, next)
+	}
+}
