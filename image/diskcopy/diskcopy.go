@@ -166,12 +166,16 @@ func (c *copier) open(from, to string) (err error) {
 	if err != nil {
 		return err
 	}
-	// What is made new belongs to the keeper, as what is copied does.
-	owner := &generations.Owner{UID: int(st.Uid), GID: int(st.Gid)}
-	if c.dst, err = generations.Open(to, generations.Options{Owner: owner, Shared: st.Mode&0o005 != 0, Log: c.Log}); err != nil {
+	// Before anything else: it says that what lies here is a copy that was cut.
+	if c.work, _, err = c.to.MakeDir(workFolder, 0o700); err != nil {
 		return err
 	}
-	c.work, _, err = c.to.MakeDir(workFolder, 0o700)
+	if err := c.to.Sync(); err != nil {
+		return err
+	}
+	// What is made new belongs to the keeper, as what is copied does.
+	owner := &generations.Owner{UID: int(st.Uid), GID: int(st.Gid)}
+	c.dst, err = generations.Open(to, generations.Options{Owner: owner, Shared: st.Mode&0o005 != 0, Log: c.Log})
 	return err
 }
 
@@ -209,7 +213,9 @@ func checkFolders(from, to string) error {
 	}
 	begun := false
 	for _, e := range entries {
-		if !ours[e.Name()] {
+		// A cut while the store was made leaves the beginning of a file.
+		half := strings.TrimSuffix(strings.TrimPrefix(e.Name(), "."), ".new")
+		if !ours[e.Name()] && half != generations.ReadmeFile {
 			err := fmt.Errorf("%s is not empty: it holds %s", to, e.Name())
 			return hint.Exit(hint.ExitUsage, hint.Because(err, "copy to the top of a disk that is new, or that an earlier run began"))
 		}

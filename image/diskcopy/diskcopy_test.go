@@ -269,6 +269,9 @@ func TestCopyResumes(t *testing.T) {
 		if err == nil {
 			break
 		}
+		if strings.Contains(said.String(), "no copy that was cut") {
+			break // the one before was killed when all was done
+		}
 		if said.Len() > 0 {
 			t.Fatal(said.String())
 		}
