@@ -10,7 +10,7 @@
 // do not see.
 //
 // What it guarantees: it changes nothing but its scratch folder, which may be
-// lost at any time; a repository of 3 million chunks needs less than 20 MB of
+// lost at any time; a repository of 3 million chunks needs less than 25 MB of
 // memory; on a normal night it reads of the repository only what is new. Whatever
 // was pushed, it ends, with a verdict or an error, and package generations takes
 // an error for suspicion.
