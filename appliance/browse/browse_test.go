@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -99,16 +100,29 @@ func TestOpenFilesAreBounded(t *testing.T) {
 	}
 }
 
-// A peer that asks for nothing loses its session, and one that asks keeps it.
+// A peer that asks now and then keeps its session, one that asks for nothing
+// loses it.
 func TestIdlePeerIsSentAway(t *testing.T) {
-	c, ended := serve(t, generations(t, 1), 50*time.Millisecond)
-	err := <-ended
-	if err != nil && !errors.Is(err, io.ErrClosedPipe) {
-		t.Errorf("Serve: %v", err)
-	}
-	if _, err := c.Stat("/"); err == nil {
-		t.Error("the session of an idle peer goes on")
-	}
+	dir := generations(t, 1)
+	synctest.Test(t, func(t *testing.T) {
+		c, ended := serve(t, dir, Idle)
+		for range 3 {
+			time.Sleep(Idle - time.Second)
+			if _, err := c.Stat("/"); err != nil {
+				t.Fatalf("a peer that thought for %v: %v", Idle-time.Second, err)
+			}
+		}
+		asked := time.Now()
+		if err := <-ended; err != nil && !errors.Is(err, io.ErrClosedPipe) {
+			t.Errorf("Serve: %v", err)
+		}
+		if waited := time.Since(asked); waited != Idle {
+			t.Errorf("sent away after %v, not %v", waited, Idle)
+		}
+		if _, err := c.Stat("/"); err == nil {
+			t.Error("the session of an idle peer goes on")
+		}
+	})
 }
 
 // What the peer may not see does not exist, in lists and by name; nothing can be
