@@ -28,7 +28,8 @@ const (
 // and begins anew with the receiver.
 type awake struct {
 	slots [24]time.Duration
-	last  int64 // the slot that was written last, since the start
+	last  int64         // the slot that was written last, since the start
+	until time.Duration // what is counted already: sessions side by side count once
 }
 
 func (a *awake) move(now time.Duration) {
@@ -39,9 +40,11 @@ func (a *awake) move(now time.Duration) {
 	a.last = max(a.last, slot)
 }
 
-// add counts d at now.
-func (a *awake) add(now, d time.Duration) {
+// add counts, at now, the time between from and to, less what was earned in it.
+func (a *awake) add(now, from, to, earned time.Duration) {
 	a.move(now)
+	d := to - max(from, a.until) - earned
+	a.until = max(a.until, to)
 	a.slots[a.last%int64(len(a.slots))] += max(0, d)
 }
 
@@ -53,14 +56,15 @@ func (a *awake) sum(now time.Duration) (total time.Duration) {
 	return total
 }
 
-// kept counts a session of k that used the disk for d and moved so many bytes.
-func (r *receiver) kept(k Key, d time.Duration, bytes int64) {
+// kept counts that the disk is open for k between two moments of the receiver's
+// count, in which so many bytes were uploaded.
+func (r *receiver) kept(k Key, from, to time.Duration, bytes int64) {
 	if k.Role != RolePush || r.inWindow() {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.countOf(k).add(r.running(), d-time.Duration(bytes/awakeRate)*time.Second)
+	r.countOf(k).add(r.running(), from, to, time.Duration(bytes/awakeRate)*time.Second)
 }
 
 func (r *receiver) countOf(k Key) *awake {
@@ -78,7 +82,8 @@ func (r *receiver) mayWake(k Key) error {
 	if err := r.awakeEnough(k); err != nil {
 		return err
 	}
-	r.kept(k, wakeCounts, 0)
+	now := r.running()
+	r.kept(k, now, now+wakeCounts, 0)
 	return nil
 }
 

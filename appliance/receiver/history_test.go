@@ -166,20 +166,24 @@ func must2(out []byte, err error) func(*testing.T) []byte {
 
 func TestAwake(t *testing.T) {
 	var a awake
-	for hour := range 24 {
-		a.add(time.Duration(hour)*time.Hour, 20*time.Minute)
+	const hour = time.Hour
+	for h := range 24 {
+		from := time.Duration(h) * hour
+		for range 3 { // side by side, and again: once
+			a.add(from+hour/2, from, from+20*time.Minute, 0)
+		}
 	}
-	if got := a.sum(23 * time.Hour); got != 8*time.Hour {
+	if got := a.sum(23 * hour); got != 8*hour {
 		t.Errorf("%v in a day", got)
 	}
-	if got := a.sum(30 * time.Hour); got != 17*20*time.Minute {
+	if got := a.sum(30 * hour); got != 17*20*time.Minute {
 		t.Errorf("%v seven hours later", got)
 	}
-	if got := a.sum(1000 * time.Hour); got != 0 {
+	if got := a.sum(1000 * hour); got != 0 {
 		t.Errorf("%v in the end", got)
 	}
-	a.add(1001*time.Hour, -time.Hour)
-	if got := a.sum(1001 * time.Hour); got != 0 {
+	a.add(1001*hour, 1000*hour, 1001*hour, 2*hour)
+	if got := a.sum(1001 * hour); got != 0 {
 		t.Errorf("%v were earned", got)
 	}
 }
@@ -188,25 +192,42 @@ func TestAwake(t *testing.T) {
 // count, and neither does its window, and no other key suffers.
 func TestKeepingTheDiskAwake(t *testing.T) {
 	home, boss := Key{Name: "home", Role: RolePush}, Key{Name: "boss", Role: RoleAdmin}
-	now := time.Date(2026, 11, 5, 12, 0, 0, 0, time.UTC)
-	r := &receiver{env: &part.Env{Now: func() time.Time { return now }}, awake: map[string]*awake{}, started: time.Now()}
-	r.kept(home, 20*time.Hour, int64(19*time.Hour/time.Second)*awakeRate)
-	must(t, r.awakeEnough(home))
-	for range 100 {
-		r.kept(boss, time.Hour, 0)
+	noon := time.Date(2026, 11, 5, 12, 0, 0, 0, time.UTC)
+	now := noon
+	r := &receiver{env: &part.Env{Now: func() time.Time { return now }}, awake: map[string]*awake{}}
+	pass := func(d time.Duration) { r.started = r.started.Add(-d) }
+	r.started = time.Now()
+	const hour = time.Hour
+	// A first push of days.
+	for range 5 {
+		from := r.running()
+		pass(20 * hour)
+		r.kept(home, from, r.running(), int64(20*hour/time.Second)*awakeRate)
 	}
-	must(t, r.awakeEnough(boss))
-	for range 44 {
+	must(t, r.awakeEnough(home))
+	// A push every hour, with two wakes each.
+	for range 48 {
 		must(t, r.mayWake(home))
+		must(t, r.mayWake(home))
+		pass(hour)
+	}
+	// An enemy with the key, and one with another, who is nobody's concern here.
+	for range 40 {
+		pass(15 * time.Minute)
+		_ = r.mayWake(home)
+		r.kept(boss, r.running()-hour, r.running(), 0)
 	}
 	if err := r.mayWake(home); err == nil {
 		t.Error("awake for 12 hours, and on")
 	}
 	must(t, r.awakeEnough(boss))
-	r.brief.Window = settings.Window{Start: settings.ClockTime(22 * time.Hour), Length: settings.Duration(4 * time.Hour)}
+	r.brief.Window = settings.Window{Start: settings.ClockTime(22 * hour), Length: settings.Duration(4 * hour)}
 	if r.awakeEnough(home) == nil {
 		t.Error("the window is at night, and it is noon")
 	}
-	now = now.Add(13 * time.Hour)
+	now = noon.Add(13 * hour)
+	must(t, r.awakeEnough(home))
+	now = noon
+	pass(24 * hour)
 	must(t, r.awakeEnough(home))
 }

@@ -232,7 +232,7 @@ func (r *receiver) hold(ctx context.Context, s *sshverb.Session) (_ context.Cont
 	if err := r.awakeEnough(k); err != nil {
 		return nil, nil, err
 	}
-	began := time.Now()
+	began := r.running()
 	ctx, cancel := context.WithCancel(ctx)
 	r.mu.Lock()
 	own := 0
@@ -254,7 +254,7 @@ func (r *receiver) hold(ctx context.Context, s *sshverb.Session) (_ context.Cont
 	var call *localcall.Conn
 	done = func() {
 		cancel()
-		r.kept(k, time.Since(began), u.moved.Load())
+		r.kept(k, began, r.running(), u.moved.Load())
 		if call != nil {
 			call.Close()
 		}
