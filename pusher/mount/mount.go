@@ -107,15 +107,17 @@ func (m Mount) Start(ctx context.Context) (*Mounted, error) {
 const otherWay = `"farkeep-pusher restore" brings the files back without mounting anything`
 
 // Possible says whether this machine can mount: if not, what is missing.
-func Possible() error {
-	if _, err := os.Stat("/dev/fuse"); errors.Is(err, fs.ErrNotExist) {
-		return hint.Because(errors.New("there is no /dev/fuse: the kernel's FUSE is not loaded"), "load it: modprobe fuse (in a container: pass the device in). Or: %s", otherWay)
+func Possible() error { return possible("/dev/fuse", os.Geteuid() == 0, exec.LookPath) }
+
+func possible(device string, root bool, look func(string) (string, error)) error {
+	if _, err := os.Stat(device); errors.Is(err, fs.ErrNotExist) {
+		return hint.Because(fmt.Errorf("there is no %s: the kernel's FUSE is not loaded", device), "load it: modprobe fuse (in a container: pass the device in). Or: %s", otherWay)
 	}
-	if os.Geteuid() == 0 {
+	if root {
 		return nil
 	}
 	for _, name := range []string{"fusermount3", "fusermount"} {
-		if _, err := exec.LookPath(name); err == nil {
+		if _, err := look(name); err == nil {
 			return nil
 		}
 	}
