@@ -94,8 +94,9 @@ func identity(c *generations.Candidate, p *picture, f *findings) error {
 	switch {
 	case was != "" && config.ID != was:
 		f.add("This is another repository: its id is %.16s..., and was %.16s... until now. Somebody put another one in its place, or made it anew.", config.ID, was)
-	case c.Offer.RepositoryID != "" && c.Offer.RepositoryID != config.ID:
-		f.add("The pusher called this repository %.16s..., and its config says %.16s....", c.Offer.RepositoryID, config.ID)
+	case c.Offer.RepositoryID != config.ID:
+		// The next push is compared with what was offered.
+		f.add("The pusher says that the id of this repository is %.16q, and its config says %.16s....", c.Offer.RepositoryID, config.ID)
 	}
 	return nil
 }

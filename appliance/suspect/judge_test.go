@@ -475,6 +475,20 @@ func TestBorgRules(t *testing.T) {
 	}
 }
 
+// What the pusher says of the id is what the next push is compared with.
+func TestOfferedID(t *testing.T) {
+	for _, offered := range []string{"", strings.Repeat("cd", 32)} {
+		d := newDisk(t, Config{})
+		d.push(borg(), pushwire.KindBorg1)
+		g, offer := d.write(borg().commit(11, archives(2)), pushwire.KindBorg1)
+		offer.RepositoryID = offered
+		v, err := d.judgeIt(t.Context(), g, offer, fmt.Sprint(d.n))
+		if err != nil || !v.Suspect || !strings.Contains(v.Reasons[0], "The pusher says") {
+			t.Errorf("%q: %+v %v", offered, v, err)
+		}
+	}
+}
+
 // A run that was killed leaves segments after the last commit, and the next one
 // writes others under their numbers. The pusher never sends them; sftp may.
 func TestUncommittedNumbersAreUsedAgain(t *testing.T) {
