@@ -327,8 +327,8 @@ func (w *work) eachSum(src *beneath.Dir, take func(item) error) error {
 }
 
 // parseSum reads a line as b2sum writes it (coreutils 9, "file name escaping").
-func parseSum(line string) (i item, err error) {
-	line, escaped := strings.CutPrefix(line, `\`)
+func parseSum(text string) (i item, err error) {
+	line, escaped := strings.CutPrefix(text, `\`)
 	sum, path, ok := strings.Cut(line, "  "+generations.FilesFolder+"/")
 	if !ok || len(sum) != 2*len(i.sum) {
 		return i, fmt.Errorf("%.80q is not a line of %s", line, generations.SumsFile)
@@ -340,7 +340,13 @@ func parseSum(line string) (i item, err error) {
 		path = strings.NewReplacer(`\\`, `\`, `\r`, "\r", `\n`, "\n").Replace(path)
 	}
 	i.path, i.known = path, true
-	return i, manifest.CheckPath(path)
+	if err := manifest.CheckPath(path); err != nil {
+		return i, err
+	}
+	if again := generations.AppendSum(nil, &manifest.Entry{Path: path, Sum: i.sum}); string(again) != text+"\n" {
+		return i, fmt.Errorf("%.80q is not how %s writes that name", text, generations.SumsFile)
+	}
+	return i, nil
 }
 
 // copyList copies one of the generation's own lists. A SUMS.b2 that is not good is
