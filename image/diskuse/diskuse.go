@@ -1,9 +1,8 @@
 // Package diskuse says how much disk a history takes: how many times the size of
 // the repositories an appliance's disk should have for the rules that were chosen.
 //
-// The figures are not guessed. They come from recordings of more than a year of
-// nightly borg create, prune and compact on a household's files (see
-// docs/retention.md), in which every segment file that came or went is noted. For
+// The figures are not guessed. They come from recordings of 300 days of nightly
+// borg create, prune and compact on a household's files (see docs/retention.md), in which every segment file that came or went is noted. For
 // any rules [Recording.Simulate] walks through those nights, commits a generation
 // each, lets go what package retention lets go, and adds up what is on the disk.
 // That takes milliseconds, so that the answer is for the very rules asked for.
@@ -151,10 +150,12 @@ type Estimate struct {
 }
 
 // For estimates by the less favourable of the two recordings. The figure is for
-// the second year of a repository of Borg that gets something new every night; one
-// that is pushed once a week wants less. A household whose files change more, or
-// a Borg that forgets faster, wants more: docs/retention.md says how much the
-// recordings differ among themselves.
+// the first year of a repository of Borg that gets something new every night; one
+// that is pushed once a week wants less. Its error is that of the household: the
+// two recordings, which differ in nothing but how often Borg compacts, are up to
+// 0.3 of the repository's size apart, and another household may be as far from
+// both. That is what the larger of the two, at its peak, and the fifth for growth
+// are for.
 func For(rules retention.Rules) (Estimate, error) {
 	everyNight, everyWeek, err := Recordings()
 	if err != nil {

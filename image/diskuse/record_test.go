@@ -190,7 +190,7 @@ func (m *mirror) night(r *recorder) (disk int64, generations int) {
 
 // TestRealBorg lives some days of a household with a real Borg, mirrors each night
 // with real hard links, and compares what the disk holds with what the model says,
-// to the byte. With FARKEEP_SIMULATE=400 it lives so many days, for two habits of
+// to the byte. With FARKEEP_SIMULATE=300 it lives so many days, for two habits of
 // compaction, and writes the recordings that come with the program.
 func TestRealBorg(t *testing.T) {
 	text, long := os.LookupEnv("FARKEEP_SIMULATE")
