@@ -501,6 +501,29 @@ func TestRotIsBounded(t *testing.T) {
 	}
 }
 
+// TestRotOfAForeignHand: a record that this package did not write is used as far
+// as it makes sense.
+func TestRotOfAForeignHand(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, generations.Options{})
+	text := "format = 1\nbeyond = -7\n"
+	for _, f := range []string{
+		`repository = "../x", path = "a", generations = []`,
+		`repository = "photos", path = "` + strings.Repeat("a", 300) + `", generations = []`,
+		`repository = "photos", path = "SUMS.b2", generations = ["../../etc"]`,
+		`repository = "photos", path = "good", generations = ["000001-20260101T000000Z"]`,
+	} {
+		text += "[[file]]\n" + strings.ReplaceAll(f, ", ", "\n") + "\n"
+	}
+	if err := os.WriteFile(filepath.Join(dir, ".farkeep/rot.toml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	files, count, err := s.Rotten()
+	if err != nil || count != 1 || len(files) != 1 || files[0].Path != "good" {
+		t.Errorf("%+v, %d, %v", files, count, err)
+	}
+}
+
 // healTree has what takes a while to heal.
 func healTree() tree {
 	t := tree{}

@@ -42,6 +42,12 @@ type Rot struct {
 // Open says that nobody healed it yet.
 func (r *Rot) Open() bool { return r.Healed.IsZero() }
 
+// plausible says that NoteRot can have written it.
+func (r *Rot) plausible() bool {
+	return pushwire.CheckRepository(r.Repository) == nil && len(r.Path) <= maxRotPath && len(r.What) <= maxRotWhat && len(r.Lacking) <= 64 &&
+		len(r.Generations) <= MaxRotGenerations && !slices.ContainsFunc(r.Generations, func(name string) bool { _, _, err := ParseName(name); return err != nil })
+}
+
 func (r *Rot) same(o *Rot) bool {
 	if r.Repository != o.Repository || r.Sum != o.Sum {
 		return false
@@ -85,6 +91,10 @@ func (s *Store) loadRot() error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("what is known to be rotten: %w", err)
 	}
+	// Whoever had the disk in hand may have written anything.
+	r.Files = slices.DeleteFunc(r.Files, func(f Rot) bool { return !f.plausible() })
+	r.Files = r.Files[:min(len(r.Files), MaxRot)]
+	r.Beyond = max(r.Beyond, 0)
 	s.rot.rotRecord, s.rot.loaded = r, true
 	return nil
 }
