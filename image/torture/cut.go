@@ -32,6 +32,10 @@ type CutPlan struct {
 	Image   string    // a built image; "" builds one
 }
 
+// bootWithin is how long a machine may take from power on to an open disk and a
+// push: seconds on an idle host, minutes on one that does ten other things.
+const bootWithin = 10 * time.Minute
+
 // faults of a disk under a running machine.
 const (
 	faultVanish     fault = "disk vanishes while mounted"
@@ -184,7 +188,7 @@ func (b *cutBench) boot(ctx context.Context) error {
 	if err := b.pi.Boot(ctx); err != nil {
 		return err
 	}
-	wait, cancel := context.WithTimeoutCause(ctx, 4*time.Minute, errors.New("four minutes are over"))
+	wait, cancel := context.WithTimeoutCause(ctx, bootWithin, fmt.Errorf("%v are over", bootWithin))
 	defer cancel()
 	if _, err := b.pi.Mounted(wait); err != nil {
 		return err
@@ -395,7 +399,7 @@ func (b *cutBench) fault(ctx context.Context, r *rand.Rand, f fault) error {
 	if err := b.home.plain(); err != nil {
 		return err
 	}
-	wait, cancel := context.WithTimeoutCause(ctx, 4*time.Minute, errors.New("four minutes are over"))
+	wait, cancel := context.WithTimeoutCause(ctx, bootWithin, fmt.Errorf("%v are over", bootWithin))
 	defer cancel()
 	start := time.Now()
 	if _, err := keepPushing(wait, b.push); err != nil {
