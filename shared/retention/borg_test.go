@@ -150,13 +150,13 @@ func TestKeepsWhatBorgKeeps(t *testing.T) {
 	now := time.Now().UTC().Truncate(time.Second)
 	var cases []borgCase
 	// A real repository; each case sees the archives that a random pattern picks.
-	archives := randomItems(random, now, 16)
+	archives := randomItems(random, now, 12)
 	slices.SortFunc(archives, func(a, b retention.Item) int { return b.Committed.Compare(a.Committed) })
 	for i := range archives {
 		archives[i].Name += fmt.Sprintf("-%06b", random.IntN(64))
 		archives[i].Committed = archives[i].Committed.Add(-time.Duration(i) * time.Second) // Borg may order equal times as it likes
 	}
-	for range 12 {
+	for range 8 {
 		glob := []byte("g??????-??????")
 		for range random.IntN(3) {
 			glob[8+random.IntN(6)] = byte('0' + random.IntN(2))
@@ -169,7 +169,7 @@ func TestKeepsWhatBorgKeeps(t *testing.T) {
 		}
 		cases = append(cases, c)
 	}
-	for range 1000 {
+	for range 600 {
 		c := borgCase{Glob: "*", policy: randomPolicy(random), items: randomItems(random, now, random.IntN(60))}
 		c.Items = pairs(c.items)
 		cases = append(cases, c)
