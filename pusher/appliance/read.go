@@ -178,6 +178,10 @@ func (t *tree) watchSilence() {
 // Manifest implements readback.Tree.
 func (t *tree) Manifest() (io.ReadCloser, error) {
 	f, err := t.open(t.top + "/MANIFEST")
+	if errors.Is(err, os.ErrNotExist) {
+		err = hint.Because(err, "a push key sees no generation over sftp: take the restore key. Or it expired just now: list them again")
+		return nil, hint.Exit(hint.ExitRefused, err)
+	}
 	if err != nil {
 		return nil, err
 	}

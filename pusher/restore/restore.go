@@ -80,7 +80,6 @@ type run struct {
 	root  *beneath.Dir
 	state *beneath.Dir // .farkeep-restore-DIGEST
 	name  string       // its name
-	list  []byte       // nil
 	done  *indexes     // files that need nothing more in this run
 	moved chan struct{}
 
