@@ -1,6 +1,8 @@
 package borgcopy
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"os"
 	"os/exec"
@@ -84,30 +86,38 @@ func TestKeysFolder(t *testing.T) {
 		t.Fatal("python3 is missing: install the Debian package borgbackup")
 	}
 	base := t.TempDir()
-	for _, environ := range [][]string{
-		{"HOME=" + base},
-		{"HOME=" + base, "XDG_CONFIG_HOME=" + base + "/xdg"},
-		{"HOME=" + base, "XDG_CONFIG_HOME=" + base + "/xdg", "BORG_BASE_DIR=" + base + "/base"},
-		{"HOME=" + base, "XDG_CONFIG_HOME=" + base + "/xdg", "BORG_CONFIG_DIR=" + base + "/config"},
-		{"HOME=" + base, "BORG_CONFIG_DIR=" + base + "/config", "BORG_KEYS_DIR=" + base + "/keys"},
-	} {
-		env := map[string]string{}
-		for _, v := range environ {
-			name, value, _ := strings.Cut(v, "=")
-			env[name] = value
-		}
-		got, err := keysFolder(env)
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command("/usr/bin/python3", "-c", "from borg.helpers import get_keys_dir; print(get_keys_dir())")
-		cmd.Env = environ
-		want, err := cmd.Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got != strings.TrimSpace(string(want)) {
-			t.Errorf("%q: %s, Borg says %s", environ, got, want)
+	all := []map[string]string{
+		{"HOME": base},
+		{"HOME": base, "XDG_CONFIG_HOME": base + "/xdg"},
+		{"HOME": base, "XDG_CONFIG_HOME": base + "/xdg", "BORG_BASE_DIR": base + "/base"},
+		{"HOME": base, "XDG_CONFIG_HOME": base + "/xdg", "BORG_CONFIG_DIR": base + "/config"},
+		{"HOME": base, "BORG_CONFIG_DIR": base + "/config", "BORG_KEYS_DIR": base + "/keys"},
+	}
+	asked, err := json.Marshal(all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const ask = `
+import json, os, sys
+from borg.helpers import get_keys_dir
+for env in json.load(sys.stdin):
+    os.environ.clear()
+    os.environ.update(env)
+    print(get_keys_dir())
+`
+	cmd := exec.Command("/usr/bin/python3", "-c", ask)
+	cmd.Stdin = bytes.NewReader(asked)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	answers := strings.Fields(string(out))
+	if len(answers) != len(all) {
+		t.Fatalf("Borg answers %q", answers)
+	}
+	for i, env := range all {
+		if got, err := keysFolder(env); err != nil || got != answers[i] {
+			t.Errorf("%q: %s, %v, Borg says %s", env, got, err, answers[i])
 		}
 	}
 }
