@@ -66,6 +66,9 @@ func (m Mount) Start(ctx context.Context) (*Mounted, error) {
 	if err := Possible(); err != nil {
 		return nil, err
 	}
+	if info, err := os.Stat(m.Folder); err != nil || !info.IsDir() {
+		return nil, hint.Exit(hint.ExitUsage, errors.Join(fmt.Errorf("mount on %s: not a folder", m.Folder), err))
+	}
 	x, err := readIndex(m.Tree, m.Generation)
 	if err != nil {
 		return nil, fmt.Errorf("read the list of generation %s: %w", m.Generation.Name, err)
