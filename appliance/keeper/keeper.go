@@ -91,6 +91,8 @@ type Keeper struct {
 	uptime     func() time.Duration
 	scrubs     scrubState
 
+	attaching sync.Mutex
+
 	mu      sync.Mutex // guards the fields below
 	store   *generations.Store
 	closing bool
@@ -181,6 +183,10 @@ func (k *Keeper) mounted() bool {
 
 // attach opens the store on the disk. It may be repeated.
 func (k *Keeper) attach() error {
+	// The disk part's call and the keeper's own look may come at once, and two who
+	// make the same files stumble over each other.
+	k.attaching.Lock()
+	defer k.attaching.Unlock()
 	k.mu.Lock()
 	attached, closing := k.store != nil, k.closing
 	k.mu.Unlock()
