@@ -27,7 +27,7 @@ func TestPowerCuts(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Fatal("this test mounts disk images: run it as root")
 	}
-	plan := torture.CutPlan{Machine: emulate.Generic, Cuts: 2, Faults: 1, Image: os.Getenv(imageVariable)}
+	plan := torture.CutPlan{Machine: emulate.Generic, Cuts: 2, Image: os.Getenv(imageVariable)}
 	if n := number(t, cutsVariable); n > 0 {
 		plan.Cuts, plan.Faults = int(n), int(n)/8
 	}
