@@ -13,7 +13,7 @@ import (
 
 // BenchmarkCopy measures a copy with many names for few inodes. -benchtime 1x
 func BenchmarkCopy(b *testing.B) {
-	for _, tt := range []struct{ count, files, size int }{{1, 1_000_000, 0}, {60, 50_000, 4096}} {
+	for _, tt := range []struct{ count, files, size int }{{1, 1_000_000, 0}, {60, 5_000, 4096}, {60, 50_000, 4096}} {
 		b.Run(fmt.Sprintf("%dx%d files of %d", tt.count, tt.files, tt.size), func(b *testing.B) {
 			from := filepath.Join(b.TempDir(), "from")
 			generationstest.HandMade(b, from, tt.count, tt.files, tt.size)

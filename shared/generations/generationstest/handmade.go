@@ -55,6 +55,7 @@ func HandMade(b testing.TB, dir string, count, files, size int) {
 				}
 			}
 			path := fmt.Sprintf("%s/%08d", folder, i)
+			clear(content)
 			copy(content, strconv.Itoa(i)+" ")
 			h := manifest.NewHash()
 			h.Write(content)
