@@ -213,7 +213,9 @@ const longest = 200 * 365 * day
 
 func plausible(seconds int64) bool { return seconds >= 0 && seconds <= longest }
 
-func (r *clockRecord) sane() bool { return plausible(r.Passed) && plausible(r.Ahead) && plausible(r.Uptime) }
+func (r *clockRecord) sane() bool {
+	return plausible(r.Passed) && plausible(r.Ahead) && plausible(r.Uptime)
+}
 
 func (r *floorRecord) sane() bool {
 	for _, f := range r.Repositories {
