@@ -94,7 +94,7 @@ var catalogue = []entry{
 		},
 		todo: []string{
 			"Look at `ssh APPLIANCE generations`: it says which repository holds how much.",
-			"Plan a larger disk (docs/recovery.md tells how the content moves), or push less.",
+			"Plan a larger disk (docs/disk.md tells how the content moves), or push less.",
 		},
 	},
 	{
@@ -117,7 +117,7 @@ var catalogue = []entry{
 		},
 		todo: []string{
 			"Look at `ssh APPLIANCE logs` for USB and I/O errors, and at the supply (alarm undervoltage).",
-			"Have a new disk ready: docs/recovery.md.",
+			"Have a new disk ready: docs/disk.md.",
 		},
 	},
 	{
@@ -279,7 +279,7 @@ var catalogue = []entry{
 		},
 		todo: []string{
 			"Look at `ssh APPLIANCE generations`: it says which hold how much.",
-			"Keep fewer generations (docs/retention.md), retire what is not needed (docs/history.md), or plan a larger disk (docs/recovery.md).",
+			"Keep fewer generations (docs/retention.md), retire what is not needed (docs/history.md), or plan a larger disk (docs/disk.md).",
 		},
 	},
 	{
