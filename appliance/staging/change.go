@@ -66,10 +66,17 @@ func (t *tree) stat(rel string) (unix.Stat_t, error) {
 }
 
 // own gives dir/name a file of its own, with the first keep bytes, if it shares
-// one. It returns what is there then.
+// one, and lets it be written if a commit took that away. It returns what is there
+// then.
 func (t *tree) own(s *Session, dir *beneath.Dir, name string, st unix.Stat_t, keep int64) (unix.Stat_t, error) {
 	if !shared(&st) {
-		return st, nil
+		if !readOnly(&st) {
+			return st, nil
+		}
+		if err := dir.Chmod(name, shownMode(&st)); err != nil {
+			return st, err
+		}
+		return dir.Stat(name)
 	}
 	if err := t.grow(s.ctx, &s.peer, keep); err != nil {
 		return st, err

@@ -828,6 +828,39 @@ func TestModesAndTimes(t *testing.T) {
 	}
 }
 
+// A file whose generations have expired is the client's again: commits made it
+// read-only, and it must not stay so.
+func TestExpiredFilesCanBeWritten(t *testing.T) {
+	b := newBench(t)
+	p, other := b.peer("home"), b.peer("other")
+	c, _ := b.client(t, p)
+	put(t, c, "/photos/a", "one")
+	put(t, c, "/photos/b", "two")
+	first := b.mustCommit(t, p, "photos")
+	d, _ := b.client(t, other)
+	put(t, d, "/photos/a", "of another key")
+	must(t, d.Remove("/photos/b"))
+	second := b.mustCommit(t, other, "photos")
+	must(t, b.store.Remove(t.Context(), "photos", first))
+	for name, flags := range map[string]int{"/photos/a": os.O_WRONLY | os.O_TRUNC, "/photos/b": os.O_RDWR} {
+		if info, err := c.Stat(name); err != nil || info.Mode().Perm() != 0o644 {
+			t.Errorf("%s is shown as %v, %v", name, info, err)
+		}
+		f, err := c.OpenFile(name, flags)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if _, err := f.Write([]byte("new")); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		must(t, f.Close())
+	}
+	if got := treeOf(t, b.generation("photos", second)); got["a"] != "of another key" {
+		t.Errorf("history: %v", got)
+	}
+}
+
 // A commit that is cut after files were adopted loses no mode and no byte, and the
 // next one succeeds.
 func TestCutCommit(t *testing.T) {

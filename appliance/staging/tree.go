@@ -350,10 +350,17 @@ func shared(st *unix.Stat_t) bool { return st.Nlink > 1 }
 // files are read-only; for the peer they are what they would be after a write.
 func shownMode(st *unix.Stat_t) uint32 {
 	mode := uint32(st.Mode) & 0o777
-	if st.Mode&unix.S_IFMT == unix.S_IFREG && shared(st) {
+	if st.Mode&unix.S_IFMT == unix.S_IFREG && (shared(st) || readOnly(st)) {
 		mode = 0o644 | mode&0o111
 	}
 	return mode
+}
+
+// readOnly says whether a file has the mode that commits give. A file of the
+// copy's own has it after a commit that was killed, or when the generations that
+// shared it have expired.
+func readOnly(st *unix.Stat_t) bool {
+	return st.Mode&unix.S_IFMT == unix.S_IFREG && st.Mode&0o666 == 0o444
 }
 
 // folderMode is the mode of a folder on the disk: the keeper must get in.
