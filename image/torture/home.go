@@ -18,7 +18,7 @@ import (
 )
 
 // home is where the pushes come from: real Borg repositories with a real life,
-// and a folder of plain files.
+// a folder of plain files, and one that a stock sftp client uploads.
 type home struct {
 	dir      string
 	r        *rand.Rand
@@ -29,11 +29,12 @@ type home struct {
 const (
 	borgName  = "notes"
 	plainName = "files"
+	stockName = "stock" // kept by a stock sftp client, which the pusher knows nothing of
 )
 
 func newHome(ctx context.Context, dir string, r *rand.Rand) (*home, error) {
 	h := &home{dir: dir, r: r}
-	for _, name := range []string{"source", plainName} {
+	for _, name := range []string{"source", plainName, stockName} {
 		if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
 			return nil, err
 		}
@@ -171,7 +172,7 @@ func (h *home) arrived(ctx context.Context, generations, name string) error {
 // same compares what was pushed with what lies in a generation's files/.
 func same(name string, want map[string][sha256.Size]byte, g witness.Generation) error {
 	for path, sum := range want {
-		essential := name == plainName || path == "config" || path == "README" || strings.HasPrefix(path, "data/")
+		essential := name != borgName || path == "config" || path == "README" || strings.HasPrefix(path, "data/")
 		if e, ok := g[path]; essential && (!ok || e.Sum != sum) {
 			return fmt.Errorf("%s is not what it was at home", path)
 		}

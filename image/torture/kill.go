@@ -199,8 +199,8 @@ func (b *killBench) run(ctx context.Context, plan KillPlan) error {
 	return nil
 }
 
-// round pushes all the time while n processes are killed, and then looks at
-// everything in peace.
+// round pushes and uploads all the time while n processes are killed, and then
+// looks at everything in peace.
 func (b *killBench) round(ctx context.Context, r *rand.Rand, n int) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -208,6 +208,9 @@ func (b *killBench) round(ctx context.Context, r *rand.Rand, n int) error {
 	go func() { done <- b.kills(ctx, r, n) }()
 	for {
 		if err := b.pushThrough(ctx); err != nil {
+			return errors.Join(err, b.settled(cancel, done))
+		}
+		if err := b.stockThrough(ctx); err != nil {
 			return errors.Join(err, b.settled(cancel, done))
 		}
 		select {

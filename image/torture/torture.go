@@ -3,7 +3,7 @@
 //
 // Two benches. [Kill] runs the whole appliance as a service of this machine
 // (package service), lets the real pusher push real Borg repositories and plain
-// files to it, and kills its processes at random instants; in between it fills
+// files to it and OpenSSH's sftp upload and commit, and kills its processes at random instants; in between it fills
 // the disk, makes it fail and makes it read-only. [Cut] boots the image that a
 // user would flash on an emulated machine, whose disk loses what it had not been
 // told to flush when the power is cut (package faulty), and fails and vanishes

@@ -29,6 +29,7 @@ func TestPowerCuts(t *testing.T) {
 	}
 	plan := torture.CutPlan{Machine: emulate.Generic, Cuts: 2, Image: os.Getenv(imageVariable)}
 	if n := number(t, cutsVariable); n > 0 {
+		t.Parallel()
 		plan.Cuts, plan.Faults = int(n), int(n)/8
 	}
 	if board := os.Getenv(boardVariable); board != "" {

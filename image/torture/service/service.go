@@ -191,6 +191,9 @@ func (s *Service) configure(uuid string) error {
 	if s.o.Settings != nil {
 		s.o.Settings(a)
 	}
+	if err := os.WriteFile(s.knownHosts(), []byte("attic "+s.hostKey+"\n"), 0o600); err != nil {
+		return err
+	}
 	text, err := a.Render()
 	if err != nil {
 		return err
@@ -200,6 +203,21 @@ func (s *Service) configure(uuid string) error {
 
 // KeyFile is the file of a private key.
 func (s *Service) KeyFile(k Key) string { return filepath.Join(s.o.Dir, string(k)+"_key") }
+
+func (s *Service) knownHosts() string { return filepath.Join(s.o.Dir, "known_hosts") }
+
+// OpenSSH are the options with which OpenSSH's programs reach the appliance,
+// which they know as "attic", with one of the keys.
+func (s *Service) OpenSSH(k Key) []string {
+	flags := []string{"-F", "/dev/null", "-i", s.KeyFile(k)}
+	for _, option := range []string{
+		"HostName=127.0.0.1", fmt.Sprintf("Port=%d", s.port), "HostKeyAlias=attic", "UserKnownHostsFile=" + s.knownHosts(), "StrictHostKeyChecking=yes",
+		"IdentitiesOnly=yes", "BatchMode=yes", "ConnectTimeout=10",
+	} {
+		flags = append(flags, "-o", option)
+	}
+	return flags
+}
 
 // Address is where the receiver listens.
 func (s *Service) Address() string { return fmt.Sprintf("127.0.0.1:%d", s.port) }
