@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -10,6 +11,8 @@ import (
 
 	"farkeep/appliance/boot"
 	"farkeep/appliance/part"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestHealthy(t *testing.T) {
@@ -60,5 +63,26 @@ func TestRestartsAreRare(t *testing.T) {
 	remember(time.Now().Add(-2 * restartPause))
 	if s.mayRestart() {
 		t.Error("a service restarts the machine")
+	}
+}
+
+// A supervisor that comes back finds the disk mounted: its top stays the keeper's.
+func TestMountedDiskKeepsItsOwner(t *testing.T) {
+	dir := t.TempDir()
+	paths := part.Paths{Run: filepath.Join(dir, "run"), State: filepath.Join(dir, "state"), Media: filepath.Join(dir, "media")}
+	s := &system{header: part.Header{Paths: paths}}
+	if err := s.makeFolders(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", paths.Disk(), "tmpfs", 0, fmt.Sprintf("mode=711,uid=%d", part.KeeperUID)); err != nil {
+		t.Fatalf("mount (as root): %v", err)
+	}
+	defer unix.Unmount(paths.Disk(), unix.MNT_DETACH)
+	if err := s.makeFolders(); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(paths.Disk(), &st); err != nil || st.Uid != part.KeeperUID || st.Mode&0o777 != 0o711 {
+		t.Errorf("the disk's top: user %d, mode %o, %v", st.Uid, st.Mode, err)
 	}
 }
