@@ -11,16 +11,15 @@ import (
 )
 
 // cause makes a fault happen; undo takes its cause away, not its consequences.
+//
+// Writes that fail are package faulty's, under the emulated machine. A loop device
+// whose backing file system is full cannot play them: it answers a write that it
+// carried out in part as if all of it were done (seen on Linux 6.18).
 func (b *killBench) cause(_ context.Context, f fault) (undo func() error, err error) {
 	switch f {
 	case faultFull:
 		// Somebody else took the room; the keeper's own reserve is all that is left.
 		return fill(filepath.Join(b.svc.Disk(), "ballast"))
-	case faultWrites:
-		// The image lies on a file system of its own. When that is full, the loop
-		// device answers writes with an error, as a dying disk does; what was
-		// written before stays readable.
-		return fill(filepath.Join(filepath.Dir(b.svc.Image), "ballast"))
 	case faultReadOnly:
 		// The kernel's own switch for testing that: it marks the file system as
 		// damaged, and errors=remount-ro does the rest.

@@ -41,7 +41,6 @@ type fault string
 const (
 	faultFull     fault = "disk full"
 	faultReadOnly fault = "file system error, read-only"
-	faultWrites   fault = "disk that takes no writes (EIO)"
 )
 
 // killBench is a service under torture.
@@ -168,7 +167,7 @@ func (b *killBench) run(ctx context.Context, plan KillPlan) error {
 		}
 		due := plan.Faults > 0 && (plan.Kills > 0 && faults < plan.Faults*kills/plan.Kills || plan.Kills == 0 && faults < plan.Faults)
 		if due {
-			f := []fault{faultFull, faultWrites, faultReadOnly}[faults%3]
+			f := []fault{faultFull, faultReadOnly}[faults%2]
 			faults++
 			if err := b.fault(ctx, f); err != nil {
 				return fmt.Errorf("round %d: %s: %w", round, f, err)
@@ -179,7 +178,7 @@ func (b *killBench) run(ctx context.Context, plan KillPlan) error {
 		}
 	}
 	for ; faults < plan.Faults; faults++ {
-		f := []fault{faultFull, faultWrites, faultReadOnly}[faults%3]
+		f := []fault{faultFull, faultReadOnly}[faults%2]
 		if err := b.fault(ctx, f); err != nil {
 			return fmt.Errorf("%s: %w", f, err)
 		}

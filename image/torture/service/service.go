@@ -39,8 +39,7 @@ type Options struct {
 	Dir      string // an empty folder, in which other users may go
 	Bin      string // farkeep-appliance (built with the tag torture) and farkeep-pusher
 	DiskSize int64  // bytes
-	// Bound puts the image on a file system of its own, next to nothing larger:
-	// when somebody fills that, the disk takes no new blocks.
+	// Bound puts the image on a file system of its own, in memory.
 	Bound bool
 	// Settings changes the appliance's settings before they are written; may be nil.
 	Settings func(*settings.Appliance)
