@@ -68,11 +68,32 @@ func (a *Area) Freeze(ctx context.Context, p Peer, repository string) (*Frozen, 
 		return nil, fmt.Errorf("%s: %w", repository, err)
 	}
 	f := &Frozen{t: t, peer: p}
+	if err := t.sync(); err != nil {
+		f.Release()
+		return nil, err
+	}
 	if err := f.walk(ctx); err != nil {
 		f.Release()
 		return nil, fmt.Errorf("list the staging copy of %s: %w", repository, err)
 	}
 	return f, nil
+}
+
+// sync writes everything out before it is hashed. When that fails, nobody knows
+// which of the client's bytes the disk has, and the kernel tells only once: the
+// copy is not committed any more. A keeper that is killed before forgets it; what
+// is committed then is what the disk has.
+func (t *tree) sync() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.failed == nil && t.wrote {
+		t.failed = t.home.SyncFS()
+		t.wrote = false
+	}
+	if t.failed == nil {
+		return nil
+	}
+	return hint.Because(fmt.Errorf("%s: the disk failed while the staging copy was written: %w", t.repository, t.failed), "discard the copy (ssh APPLIANCE abort %s) and upload again", t.repository)
 }
 
 // freeze waits a little for those who are about to end.
@@ -306,6 +327,7 @@ func (a *Area) Discard(ctx context.Context, p Peer, repository string) error {
 	}
 	t.mu.Lock()
 	t.known, t.entries, t.bytes, t.allowance = false, 0, 0, 0
+	t.wrote, t.failed = false, nil
 	t.mu.Unlock()
 	top, err := a.open(false)
 	if err != nil {
@@ -595,6 +617,8 @@ func (w *walker) hash(dir *beneath.Dir, name string, st *unix.Stat_t) (sum manif
 		return sum, err
 	}
 	defer f.Close()
+	// What the disk has counts, not what memory has of it: Freeze has synced it.
+	unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
 	h := manifest.NewHash()
 	var read int64
 	for {

@@ -53,6 +53,8 @@ type tree struct {
 	writers    int                    // open write handles
 	nodes      map[uint64]*node       // what they write to, by inode
 	changed    map[*Session]time.Time // by sessions that are there, when last
+	wrote      bool                   // something that was not synced yet
+	failed     error                  // of a sync: what the disk has is not known
 	free       chan struct{}          // closed and made anew whenever a writer or a session goes
 	known      bool                   // entries and bytes were counted
 	entries    int64
@@ -88,6 +90,8 @@ func (t *tree) leave() {
 	defer t.opening.Unlock()
 	t.users--
 	if t.users == 0 {
+		// The kernel tells of a write that failed only those who had the disk open.
+		t.sync()
 		t.close()
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"farkeep/shared/beneath"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
+
+	"golang.org/x/sys/unix"
 )
 
 // plan compares what is offered with the newest generation and with what lies in
@@ -413,7 +415,9 @@ type finishedFile struct {
 }
 
 // adopt takes files that were complete when the last push was cut, but not yet
-// filed: it hashes them again, and files them.
+// filed: it hashes what the disk has of them, and files those that are right. The
+// page cache cannot be asked: when a write-out failed it keeps the bytes that the
+// disk does not have, and whoever opens the file system afterwards is not told.
 func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []finishedFile, answer *Answer) error {
 	if len(files) == 0 {
 		return nil
@@ -423,6 +427,9 @@ func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []f
 		return err
 	}
 	defer building.Close()
+	if err := t.dir.SyncFS(); err != nil {
+		return err
+	}
 	good := files[:0]
 	buf := make([]byte, 256<<10)
 	for _, f := range files {
@@ -439,9 +446,6 @@ func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []f
 		}
 		good = append(good, f)
 	}
-	if err := t.dir.SyncFS(); err != nil {
-		return err
-	}
 	for _, f := range good {
 		if err := building.Rename(f.Sum.String(), objects, f.Sum.String()); err != nil {
 			return err
@@ -453,7 +457,8 @@ func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []f
 	return nil
 }
 
-// hashFile hashes a regular file that must have that size.
+// hashFile hashes a regular file that must have that size, as it is on the disk:
+// what was written to it must have been synced.
 func hashFile(ctx context.Context, dir *beneath.Dir, path string, size int64, buf []byte) (manifest.Sum, error) {
 	f, st, err := dir.Open(path)
 	if err != nil {
@@ -463,6 +468,7 @@ func hashFile(ctx context.Context, dir *beneath.Dir, path string, size int64, bu
 	if st.Size != size {
 		return manifest.Sum{}, fmt.Errorf("%w: %s has %d bytes, not %d", ErrDamaged, f.Name(), st.Size, size)
 	}
+	unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
 	h := manifest.NewHash()
 	for {
 		if ctx.Err() != nil {
