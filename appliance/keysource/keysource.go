@@ -103,7 +103,7 @@ func (s *Server) ask(ctx context.Context, uuid string) (secret.Bytes, error) {
 	// Ending the verb alone would wait for a server that need not agree, while
 	// another one has already given the key.
 	defer context.AfterFunc(ctx, func() { client.Close() })()
-	d, err := client.Start(ctx, keywire.Request{Verb: keywire.Key, UUID: uuid}.String())
+	d, err := client.Start(ctx, keywire.Request{Verb: keywire.Key, UUID: uuid}.Line())
 	if err != nil {
 		return secret.Bytes{}, err
 	}

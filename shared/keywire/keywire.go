@@ -2,18 +2,24 @@
 // verbs over SSH, so that a stock ssh with the appliance's identity speaks it
 // too, and a reader of the answer needs no parser.
 //
-//	request          answer on standard output        exit status
-//	key UUID         the key's bytes, nothing else    0
-//	lease UUID       one line of JSON, a Lease        0
-//	checkin          one line of JSON, a Checkin      0
-//	anything refused nothing                          4 (hint.ExitRefused)
-//	no such verb     nothing                          2 (hint.ExitUsage)
-//	server in doubt  nothing                          1 (hint.ExitFailure)
+//	request                            answer on standard output        exit status
+//	key UUID [TOKEN] [name=value ...]  the key's bytes, nothing else    0
+//	lease UUID [TOKEN] [name=value ...]  one line of JSON, a Lease      0
+//	checkin [TOKEN] [name=value ...]   one line of JSON, a Checkin      0
+//	dark UUID                          one line of JSON, a Checkin      0
+//	refused, held, not yet             nothing                          4 (hint.ExitRefused)
+//	no such verb, malformed            nothing                          2 (hint.ExitUsage)
+//	server in doubt                    nothing                          1 (hint.ExitFailure), 5 (hint.ExitUnreachable)
 //
-// A request may carry one more word, the token of the last grant. Standard
-// error has at most a word for people; it never says why, because whoever asks
-// may be a thief. An answer of 1 may be tried again, with back-off; so may 4,
-// because a person can change it.
+// With a key comes one line on standard error, "token NEWTOKEN": to be kept, and
+// shown with the next request. Otherwise standard error has at most a word for
+// people; it never says why, because whoever asks may be a thief. An answer of 1
+// or 5 may be tried again, with back-off; so may 4, because a person can change it.
+//
+// The name=value words are claims, what the appliance says of itself. No server
+// may open anything because of a claim; it may refuse, hold or alarm because of
+// one. Names that a server does not know are passed over: an appliance may be
+// newer than one of its servers.
 package keywire
 
 import (
@@ -32,12 +38,10 @@ const (
 	MaxKey = 8192
 	// NewKey is the length in bytes of the keys that Farkeep makes.
 	NewKey = 64
-	// MaxRequest bounds a request, in bytes.
-	MaxRequest = 160
+	// MaxRequest bounds a request, in bytes. The longest with all claims has 280.
+	MaxRequest = 512
 	// MaxAnswer bounds the answer to lease and checkin, in bytes.
 	MaxAnswer = 1024
-	// MaxToken bounds a token, in bytes.
-	MaxToken = 64
 )
 
 // Verb is what is asked for.
@@ -48,16 +52,19 @@ const (
 	Key     Verb = "key"     // the key of one disk
 	Renew   Verb = "lease"   // go on keeping the disk open
 	CheckIn Verb = "checkin" // I am here
+	Dark    Verb = "dark"    // my disk is dark, after a refusal or a lost lease
 )
 
-// ErrBadRequest is wrapped by every error of Parse.
+// ErrBadRequest is wrapped by every error of Parse. Such errors quote nothing of
+// the request: a token may be in it.
 var ErrBadRequest = errors.New("not a request of the key protocol")
 
 // Request is one request.
 type Request struct {
-	Verb  Verb
-	UUID  string // LUKS UUID; "" for CheckIn
-	Token string // of the last grant; "" for none
+	Verb   Verb
+	UUID   string // LUKS UUID; "" for CheckIn
+	Token  Token  // of the last grant; "" for none; never with Dark
+	Claims Claims // all zero with Dark
 }
 
 // Parse reads a verb and its arguments, as sshverb hands them over.
@@ -72,71 +79,115 @@ func Parse(verb string, args []string) (Request, error) {
 	}
 	switch r.Verb {
 	case CheckIn:
-	case Key, Renew:
+	case Key, Renew, Dark:
 		if len(args) == 0 || !settings.IsLUKSUUID(args[0]) {
 			return Request{}, fmt.Errorf("%w: %s wants a LUKS UUID", ErrBadRequest, verb)
 		}
 		r.UUID, args = args[0], args[1:]
 	default:
-		return Request{}, fmt.Errorf("%w: the verbs are %s, %s and %s", ErrBadRequest, Key, Renew, CheckIn)
+		return Request{}, fmt.Errorf("%w: the verbs are %s, %s, %s and %s", ErrBadRequest, Key, Renew, CheckIn, Dark)
 	}
-	if len(args) > 0 {
-		if !isToken(args[0]) {
+	if r.Verb == Dark && len(args) > 0 {
+		return Request{}, fmt.Errorf("%w: %s takes a LUKS UUID and nothing else", ErrBadRequest, verb)
+	}
+	if len(args) > 0 && !strings.Contains(args[0], "=") {
+		if !IsToken(args[0]) {
 			return Request{}, fmt.Errorf("%w: the token is malformed", ErrBadRequest)
 		}
-		r.Token, args = args[0], args[1:]
+		r.Token, args = Token(args[0]), args[1:]
 	}
-	if len(args) > 0 {
-		return Request{}, fmt.Errorf("%w: %s takes no more arguments", ErrBadRequest, verb)
+	var err error
+	if r.Claims, err = parseClaims(args); err != nil {
+		return Request{}, err
 	}
 	return r, nil
 }
 
-// isToken accepts what base64 for URLs is made of.
-func isToken(s string) bool {
-	return s != "" && len(s) <= MaxToken && !strings.ContainsFunc(s, func(r rune) bool {
-		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '_' || r == '-' || r == '=')
-	})
-}
-
-// String is the line to send as an exec request. It holds the token: log
-// Verb and UUID instead.
-func (r Request) String() string {
-	s := string(r.Verb)
-	for _, word := range []string{r.UUID, r.Token} {
-		if word != "" {
-			s += " " + word
-		}
+// Line is what to send as an exec request. It holds the token: log Verb and UUID
+// instead. Claims whose values the protocol does not allow are left out of it:
+// they are a help, and must not cost an appliance its key.
+func (r Request) Line() string {
+	words := []string{string(r.Verb)}
+	if r.UUID != "" {
+		words = append(words, r.UUID)
 	}
-	return s
+	if r.Verb != Dark {
+		if r.Token != "" {
+			words = append(words, r.Token.Reveal())
+		}
+		words = append(words, r.Claims.words()...)
+	}
+	return strings.Join(words, " ")
 }
 
-// Lease is the answer to Renew: the disk may stay open for Seconds from now.
+// String is Line without token and claims, for logs.
+func (r Request) String() string { return strings.TrimSuffix(string(r.Verb)+" "+r.UUID, " ") }
+
+// Loggable is what of a request's arguments may be logged: the UUID.
+func Loggable(_ string, args []string) []string {
+	if len(args) > 0 && settings.IsLUKSUUID(args[0]) {
+		return args[:1]
+	}
+	return nil
+}
+
+// Lease is the answer to Renew: the disk may stay open for Seconds from the
+// moment at which the request was sent, and the next one is due after Renew.
 type Lease struct {
 	Seconds int64 `json:"seconds"`
+	Renew   int64 `json:"renew,omitempty"` // seconds, at most Seconds; older servers leave it out
 }
+
+const (
+	// MinLease and MaxLease bound a lease.
+	MinLease = time.Minute
+	MaxLease = 30 * 24 * time.Hour
+	// MaxRenew bounds the time between two renewals of a lease, so that a
+	// revocation is heard of soon.
+	MaxRenew = 5 * time.Minute
+)
+
+// NewLease is the answer for a lease of d, which is cut to whole seconds.
+func NewLease(d time.Duration) Lease {
+	return Lease{Seconds: int64(d / time.Second), Renew: int64(RenewAfter(d) / time.Second)}
+}
+
+// RenewAfter is when a lease of d has to be renewed: after a third of it, so that
+// two attempts may fail, and after MaxRenew at most.
+func RenewAfter(d time.Duration) time.Duration { return max(min(d/3, MaxRenew), time.Second) }
 
 // Duration is the length of the lease.
 func (l Lease) Duration() time.Duration { return time.Duration(l.Seconds) * time.Second }
 
-// Checkin is the answer to CheckIn.
+// Renewal is how long after the request the next one is due.
+func (l Lease) Renewal() time.Duration {
+	if l.Renew == 0 {
+		return RenewAfter(l.Duration())
+	}
+	return time.Duration(l.Renew) * time.Second
+}
+
+// Checkin is the answer to CheckIn and Dark.
 type Checkin struct {
 	Appliance string `json:"appliance"` // the name under which the key server knows the peer
 }
 
-// ParseLease reads the answer to Renew. A lease is from 1 second to 400 days.
+// ParseLease reads the answer to Renew. A lease is from 1 second to MaxLease.
 func ParseLease(answer []byte) (Lease, error) {
 	var l Lease
 	if err := parseAnswer(answer, &l); err != nil {
 		return Lease{}, err
 	}
-	if l.Seconds < 1 || l.Seconds > 400*24*3600 {
+	if l.Seconds < 1 || l.Seconds > int64(MaxLease/time.Second) {
 		return Lease{}, fmt.Errorf("read a lease: %d seconds make no sense", l.Seconds)
+	}
+	if l.Renew < 0 || l.Renew > l.Seconds {
+		return Lease{}, fmt.Errorf("read a lease: to be renewed after %d of %d seconds makes no sense", l.Renew, l.Seconds)
 	}
 	return l, nil
 }
 
-// ParseCheckin reads the answer to CheckIn.
+// ParseCheckin reads the answer to CheckIn and Dark.
 func ParseCheckin(answer []byte) (Checkin, error) {
 	var c Checkin
 	if err := parseAnswer(answer, &c); err != nil {

@@ -114,7 +114,7 @@ type Dialogue struct {
 	Stdout io.Reader
 
 	session *ssh.Session
-	verb    string
+	verb    string // without its arguments: they are nothing for an error
 	stderr  *tail
 	release func() bool
 	ended   sync.Once
@@ -127,14 +127,15 @@ const closeGrace = 5 * time.Second
 
 // Start begins a verb. When ctx ends the verb is cut off.
 func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
-	if _, _, err := ParseVerb(verb); err != nil {
+	name, _, err := ParseVerb(verb)
+	if err != nil {
 		return nil, err
 	}
 	session, err := c.conn.NewSession()
 	if err != nil {
-		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %q: %w", verb, err))
+		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %s: %w", name, err))
 	}
-	d := &Dialogue{session: session, verb: verb, stderr: &tail{}, done: make(chan struct{})}
+	d := &Dialogue{session: session, verb: name, stderr: &tail{}, done: make(chan struct{})}
 	if d.Stdin, err = session.StdinPipe(); err == nil {
 		d.Stdout, err = session.StdoutPipe()
 	}
@@ -144,7 +145,7 @@ func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
 	}
 	if err != nil {
 		session.Close()
-		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("start %q: %w", verb, err))
+		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("start %s: %w", name, err))
 	}
 	d.release = context.AfterFunc(ctx, func() {
 		session.Close()
@@ -185,6 +186,10 @@ func told(status int, stderr string) error {
 	return hint.Exit(status, hint.Because(&Error{Code: status, Text: printableLines(text), Hint: printable(next)}, "%s", printableLines(next)))
 }
 
+// Stderr is what the peer wrote to standard error, its first 8 KiB. Call it after
+// Wait.
+func (d *Dialogue) Stderr() string { return d.stderr.String() }
+
 // Close cuts the verb off.
 func (d *Dialogue) Close() error {
 	d.release()
@@ -212,7 +217,7 @@ func (c *Client) Run(ctx context.Context, verb string, in io.Reader, limit int64
 	if int64(len(out)) > limit {
 		d.Close()
 		<-sent
-		return nil, fmt.Errorf("%s: the answer is longer than %d bytes", verb, limit)
+		return nil, fmt.Errorf("%s: the answer is longer than %d bytes", d.verb, limit)
 	}
 	err = d.Wait()
 	sendErr := <-sent
@@ -220,9 +225,9 @@ func (c *Client) Run(ctx context.Context, verb string, in io.Reader, limit int64
 	case err != nil:
 		return out, err // the peer's reason explains a broken send too
 	case readErr != nil:
-		return out, fmt.Errorf("%s: read the answer: %w", verb, readErr)
+		return out, fmt.Errorf("%s: read the answer: %w", d.verb, readErr)
 	case sendErr != nil && !errors.Is(sendErr, io.EOF):
-		return out, fmt.Errorf("%s: send: %w", verb, sendErr)
+		return out, fmt.Errorf("%s: send: %w", d.verb, sendErr)
 	}
 	return out, nil
 }

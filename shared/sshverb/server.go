@@ -70,8 +70,10 @@ type Server struct {
 	Exec Handler
 	// Subsystems by name ("sftp"); nil for none.
 	Subsystems map[string]Handler
-	Limits     Limits
-	Log        *slog.Logger
+	// LogArgs says what of a verb's arguments may be logged; nil for all of them.
+	LogArgs func(verb string, args []string) []string
+	Limits  Limits
+	Log     *slog.Logger
 
 	mu     sync.Mutex
 	perKey map[string]int // connections by the key's wire form
@@ -397,7 +399,10 @@ func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Han
 	})
 	defer stop()
 
-	started := time.Now()
+	started, logged := time.Now(), session.Args
+	if s.LogArgs != nil {
+		logged = s.LogArgs(session.Verb, session.Args)
+	}
 	err := protect(ctx, handler, session)
 	code := hint.ExitOK
 	if err != nil {
@@ -411,9 +416,9 @@ func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Han
 		if next != "" {
 			fmt.Fprintf(session.Stderr, "hint: %s\n", next)
 		}
-		session.Log.Warn("verb not carried out", "verb", session.Verb, "args", session.Args, "code", code, "err", err)
+		session.Log.Warn("verb not carried out", "verb", session.Verb, "args", logged, "code", code, "err", err)
 	} else {
-		session.Log.Info("verb done", "verb", session.Verb, "args", session.Args, "took", time.Since(started).Round(time.Millisecond))
+		session.Log.Info("verb done", "verb", session.Verb, "args", logged, "took", time.Since(started).Round(time.Millisecond))
 	}
 	ch.CloseWrite()
 	ch.SendRequest("exit-status", false, ssh.Marshal(struct{ Status uint32 }{uint32(code)}))
