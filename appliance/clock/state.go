@@ -7,8 +7,8 @@ import (
 	"io/fs"
 	"time"
 
-	"farkeep/appliance/plainfile"
 	"farkeep/shared/atomicfile"
+	"farkeep/shared/plainfile"
 )
 
 const maxState = 4 << 10

@@ -24,9 +24,9 @@ import (
 	"strings"
 	"time"
 
-	"farkeep/appliance/outbox"
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
+	"farkeep/shared/outbox"
 	"farkeep/shared/settings"
 
 	"golang.org/x/sys/unix"
@@ -181,7 +181,7 @@ func (d *deadman) queue() {
 	var rest []Mail
 	var errs []error
 	for _, m := range d.state.Pending {
-		text, err := render(m, d.brief.From, d.brief.To)
+		text, err := m.letter().Text(d.brief.From, d.brief.To)
 		if err == nil {
 			err = outbox.Put(d.env.Paths.Outbox(), m.ID, text)
 			if err != nil && !errors.Is(err, outbox.ErrFull) {

@@ -258,7 +258,7 @@ func TestHostileHistory(t *testing.T) {
 		t.Fatalf("%d mails", len(w.mails))
 	}
 	for _, m := range w.mails {
-		text, err := render(m, "attic@site.example", []string{"you@site.example"})
+		text, err := m.letter().Text("attic@site.example", []string{"you@site.example"})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -8,8 +8,9 @@ import (
 	"strings"
 	"time"
 
-	"farkeep/appliance/outbox"
 	"farkeep/appliance/status"
+	"farkeep/shared/letter"
+	"farkeep/shared/outbox"
 	"farkeep/shared/settings"
 )
 
@@ -436,15 +437,4 @@ func (s State) Raised() []status.Alarm {
 }
 
 // line makes one line of bounded length out of another part's words.
-func line(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r == '\u2028' || r == '\u2029' || r == '\u0085' {
-			return ' '
-		}
-		return r
-	}, strings.ToValidUTF8(s, "?"))
-	if r := []rune(s); len(r) > 300 {
-		s = string(r[:300]) + " ..."
-	}
-	return strings.TrimSpace(s)
-}
+func line(s string) string { return letter.Line(s, 300) }

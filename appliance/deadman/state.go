@@ -7,10 +7,11 @@ import (
 	"io/fs"
 	"time"
 
-	"farkeep/appliance/outbox"
-	"farkeep/appliance/plainfile"
 	"farkeep/appliance/status"
 	"farkeep/shared/atomicfile"
+	"farkeep/shared/letter"
+	"farkeep/shared/outbox"
+	"farkeep/shared/plainfile"
 )
 
 // Limits of what is remembered.
@@ -82,6 +83,10 @@ type Mail struct {
 	Subject string    `json:"subject"`
 	Body    string    `json:"body"`
 	Date    time.Time `json:"date"`
+}
+
+func (m Mail) letter() letter.Letter {
+	return letter.Letter{ID: m.ID, Subject: m.Subject, Body: m.Body, Date: m.Date}
 }
 
 func parseState(data []byte) (State, error) {

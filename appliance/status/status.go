@@ -15,8 +15,8 @@ import (
 	"io/fs"
 	"time"
 
-	"farkeep/appliance/plainfile"
 	"farkeep/shared/atomicfile"
+	"farkeep/shared/plainfile"
 )
 
 // MaxSize bounds a status file, in bytes.

@@ -20,8 +20,8 @@ import (
 	"regexp"
 	"slices"
 
-	"farkeep/appliance/plainfile"
 	"farkeep/shared/atomicfile"
+	"farkeep/shared/plainfile"
 )
 
 const (

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"farkeep/appliance/plainfile"
+	"farkeep/shared/plainfile"
 )
 
 func TestRead(t *testing.T) {

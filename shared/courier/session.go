@@ -1,4 +1,4 @@
-package mail
+package courier
 
 import (
 	"context"
@@ -26,9 +26,9 @@ const (
 	sessionTimeout = 10 * time.Minute
 )
 
-// errInsideVPN says that the mail server would be reached through the tunnel,
-// and so not when home is the one that is silent.
-var errInsideVPN = errors.New("the mail server's address belongs to the VPN: mail must have a way of its own")
+// ErrAvoided is wrapped by an error that says: the mail server would be reached
+// through addresses that this sender may not use.
+var ErrAvoided = errors.New("the mail server's address belongs to the VPN: mail must have a way of its own")
 
 // rejected is a permanent refusal of one mail, or of one recipient.
 type rejected struct{ err error }
@@ -39,19 +39,20 @@ func (r *rejected) Unwrap() error { return r.err }
 // sender knows the account.
 type sender struct {
 	settings settings.Mail
-	vpn      []netip.Prefix // what the tunnel carries
+	avoid    []netip.Prefix
 	roots    *x509.CertPool
-	clock    func() (now time.Time, doubt doubt)
+	clock    func() (now time.Time, doubt Doubt)
 }
 
-// doubt is what may be wrong with the clock, and so with certificates' dates.
-type doubt struct {
-	behind bool // it was not set: the true time is later
-	ahead  bool // it jumped, perhaps into the future
+// Doubt is what may be wrong with the clock, and so with certificates' dates.
+type Doubt struct {
+	Behind bool // it was not set: the true time is later
+	Ahead  bool // it jumped, perhaps into the future
 }
 
 // roots returns the public authorities that this program was built with, and
-// extra ones in PEM. The system's are not used: the firmware has none.
+// extra ones in PEM. The system's are not used: the firmware has none, and a
+// provider that works for one machine of a site should work for all.
 func roots(extra string) (*x509.CertPool, error) {
 	pool := x509.NewCertPool()
 	for r := range bundle.Roots() {
@@ -97,15 +98,15 @@ func (s *sender) open(ctx context.Context) (*session, error) {
 
 // allows returns the moment at which a certificate that err is about was valid,
 // if the clock's doubt covers it.
-func (d doubt) allows(err error, now time.Time) (time.Time, bool) {
+func (d Doubt) allows(err error, now time.Time) (time.Time, bool) {
 	var invalid x509.CertificateInvalidError
 	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired || invalid.Cert == nil {
 		return time.Time{}, false
 	}
 	switch c := invalid.Cert; {
-	case d.behind && c.NotBefore.After(now):
+	case d.Behind && c.NotBefore.After(now):
 		return c.NotBefore.Add(time.Minute), true
-	case d.ahead && c.NotAfter.Before(now):
+	case d.Ahead && c.NotAfter.Before(now):
 		return c.NotAfter.Add(-time.Minute), true
 	}
 	return time.Time{}, false
@@ -117,7 +118,7 @@ func (s *sender) openAt(ctx context.Context, at time.Time) (*session, error) {
 		return nil, fmt.Errorf("mail server %s: %w", s.settings.Server, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
-	dialer := net.Dialer{Timeout: dialTimeout, ControlContext: s.outsideVPN}
+	dialer := net.Dialer{Timeout: dialTimeout, ControlContext: s.permitted}
 	conn, err := dialer.DialContext(ctx, "tcp", s.settings.Server)
 	if err != nil {
 		cancel()
@@ -138,16 +139,16 @@ func (s *sender) openAt(ctx context.Context, at time.Time) (*session, error) {
 	return &session{client: client, stop: stop, cancel: cancel}, nil
 }
 
-// outsideVPN refuses a connection at the moment when its address is known, so
+// permitted refuses a connection at the moment when its address is known, so
 // that no answer of a resolver can go around it.
-func (s *sender) outsideVPN(_ context.Context, _, address string, _ syscall.RawConn) error {
+func (s *sender) permitted(_ context.Context, _, address string, _ syscall.RawConn) error {
 	a, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return err
 	}
 	ip := a.Addr().Unmap().WithZone("")
-	if slices.ContainsFunc(s.vpn, func(p netip.Prefix) bool { return p.Contains(ip) }) {
-		return errInsideVPN
+	if slices.ContainsFunc(s.avoid, func(p netip.Prefix) bool { return p.Contains(ip) }) {
+		return ErrAvoided
 	}
 	return nil
 }
