@@ -117,25 +117,64 @@ type fsck struct {
 // that takes seconds from saying anything.
 const progressEvery = 10 * time.Second
 
-// run runs e2fsck -p, which repairs only what it can repair without a choice;
-// its exit codes: e2fsck(8).
-func (c fsck) run(ctx context.Context, node string, full bool, more ...string) error {
-	program := ""
+// find returns where e2fsck lies.
+func (c fsck) find() (string, error) {
 	for _, p := range c.programs {
 		if _, err := os.Stat(p); err == nil {
-			program = p
-			break
+			return p, nil
 		}
 	}
-	if program == "" {
-		return failed(status.ErrorFileSystem, "e2fsck is missing (%s): install e2fsprogs", strings.Join(c.programs, ", "))
+	return "", failed(status.ErrorFileSystem, "e2fsck is missing (%s): install e2fsprogs", strings.Join(c.programs, ", "))
+}
+
+// run runs e2fsck -p, which repairs only what it can repair without a choice, and
+// then what mend repairs; its exit codes: e2fsck(8). corrected says that there
+// was more to a full check than a look.
+func (c fsck) run(ctx context.Context, node string, full bool, more ...string) (corrected bool, err error) {
+	program, err := c.find()
+	if err != nil {
+		return false, err
 	}
 	args := []string{"-p", "-C", "3"} // progress on descriptor 3
 	if full {
 		args = append(args, "-f")
 	}
-	cmd := exec.CommandContext(ctx, program, append(append(args, more...), node)...)
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	begin := time.Now()
+	said, err := c.call(ctx, program, briefly, append(append(args, more...), node)...)
+	if err != nil {
+		return false, err
+	}
+	text := brief(said.text)
+	log := c.log.With("took", time.Since(begin).Round(10*time.Millisecond), "full", full)
+	switch code := said.code; {
+	case code == 0:
+		log.Info("the file system is clean", "e2fsck", text)
+		return false, nil
+	case code >= 1 && code&^3 == 0: // 1: errors corrected; 2: a mounted file system must be rebooted for that
+		log.Warn("the file system had errors, which were corrected", "e2fsck", text)
+		return full, nil
+	case code&4 != 0:
+		log.Warn("e2fsck gave up", "e2fsck", text)
+		return true, c.mend(ctx, program, node, text)
+	case code == 8:
+		return false, &failure{status.ErrorFileSystem, fmt.Errorf("%w: %s", errUnopened, text)}
+	default:
+		return false, failed(status.ErrorFileSystem, "e2fsck ended with code %d: %s", code, text)
+	}
+}
+
+// answered is how e2fsck ended.
+type answered struct {
+	code int
+	text string // the beginning of what it said
+	cut  bool   // it said more
+}
+
+// call runs e2fsck and keeps limit bytes of what it says. The error is about the
+// call, or ctx's.
+func (c fsck) call(ctx context.Context, program string, limit int, args ...string) (answered, error) {
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"} // no LANG: it speaks English
 	cmd.WaitDelay = 5 * time.Second
 	// It dies with this part: the next one would otherwise mount what it still
 	// repairs. The kernel ties that to the thread that forks, so this goroutine
@@ -147,51 +186,32 @@ func (c fsck) run(ctx context.Context, node string, full bool, more ...string) e
 	// e2fsck ends in order when it is interrupted; SIGKILL in the middle of a
 	// repair would not harm either, but leaves the journal to be replayed.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	var out limitedText
+	out := limitedText{limit: limit}
 	cmd.Stdout, cmd.Stderr = &out, &out
 	r, w, err := os.Pipe()
 	if err != nil {
-		return err
+		return answered{}, err
 	}
 	cmd.ExtraFiles = []*os.File{w}
-	begin := time.Now()
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
 		r.Close()
-		return fmt.Errorf("start e2fsck: %w", err)
+		return answered{}, fmt.Errorf("start e2fsck: %w", err)
 	}
 	watched := make(chan struct{})
 	go func() { defer close(watched); c.progress(r) }()
 	err = cmd.Wait()
 	r.Close() // an e2fsck that could not be killed must not keep us
 	<-watched
-	text := strings.Join(strings.Fields(string(out)), " ")
-	var exit *exec.ExitError
-	code := 0
-	if errors.As(err, &exit) {
-		code = exit.ExitCode()
-	} else if err != nil {
-		return fmt.Errorf("e2fsck: %w", err)
-	}
 	if ctx.Err() != nil {
-		return ctx.Err()
+		return answered{}, ctx.Err()
 	}
-	log := c.log.With("took", time.Since(begin).Round(10*time.Millisecond), "full", full)
-	switch {
-	case code == 0:
-		log.Info("the file system is clean", "e2fsck", text)
-		return nil
-	case code >= 1 && code&^3 == 0: // 1: errors corrected; 2: a mounted file system must be rebooted for that
-		log.Warn("the file system had errors, which were corrected", "e2fsck", text)
-		return nil
-	case code&4 != 0:
-		return failed(status.ErrorFileSystem, "the file system has errors that need a person: attach the disk to a Linux machine, open it with the recovery key, and run e2fsck: %s", text)
-	case code == 8:
-		return &failure{status.ErrorFileSystem, fmt.Errorf("%w: %s", errUnopened, text)}
-	default:
-		return failed(status.ErrorFileSystem, "e2fsck ended with code %d: %s", code, text)
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return answered{}, fmt.Errorf("e2fsck: %w", err)
 	}
+	return answered{code: cmd.ProcessState.ExitCode(), text: string(out.text), cut: out.cut}, nil
 }
 
 // progress logs e2fsck's progress lines, "PASS CURRENT MAXIMUM DEVICE", now and
@@ -209,13 +229,25 @@ func (c fsck) progress(r io.Reader) {
 	}
 }
 
+// briefly is how much of what e2fsck says is logged and mailed, in bytes.
+const briefly = 2000
+
+// brief makes one line of what e2fsck said.
+func brief(text string) string {
+	line := strings.Join(strings.Fields(text), " ")
+	return line[:min(len(line), briefly)]
+}
+
 // limitedText keeps the beginning of what a program says.
-type limitedText []byte
+type limitedText struct {
+	text  []byte
+	limit int
+	cut   bool
+}
 
 func (t *limitedText) Write(p []byte) (int, error) {
-	const limit = 2000
-	if room := limit - len(*t); room > 0 {
-		*t = append(*t, p[:min(room, len(p))]...)
-	}
+	room := min(len(p), t.limit-len(t.text))
+	t.text = append(t.text, p[:room]...)
+	t.cut = t.cut || room < len(p)
 	return len(p), nil
 }

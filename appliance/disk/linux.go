@@ -18,6 +18,7 @@ import (
 	"unsafe"
 
 	"farkeep/appliance/part"
+	"farkeep/appliance/scrub"
 	"farkeep/appliance/spawn"
 	"farkeep/appliance/status"
 	"farkeep/appliance/unlock"
@@ -45,6 +46,8 @@ type linux struct {
 
 	// met is how many errors the file system had met when it was mounted.
 	met int
+	// corrected: e2fsck changed it, and nobody was told yet.
+	corrected bool
 }
 
 // notDisks are block devices that never are the disk: made by the kernel out
@@ -149,12 +152,15 @@ func (l *linux) NeedsCheck(node string, now time.Time) (Care, string, error) {
 
 func (l *linux) Check(ctx context.Context, node string, full bool) error {
 	check := fsck{log: l.log, programs: fsckPrograms, quiet: progressEvery}
-	err := check.run(ctx, node, full)
+	corrected, err := check.run(ctx, node, full)
 	if errors.Is(err, errUnopened) && ctx.Err() == nil {
 		// A rotten superblock. The same lies at the beginning of the second block
 		// group too, and e2fsck -p takes that one only when it is told to.
 		l.log.Warn("trying the copy of the superblock", "err", err)
-		return check.run(ctx, node, true, "-b", "32768", "-B", "4096")
+		corrected, err = check.run(ctx, node, true, "-b", "32768", "-B", "4096")
+	}
+	if err == nil && corrected {
+		l.corrected = true
 	}
 	return err
 }
@@ -214,6 +220,13 @@ func (l *linux) own() error {
 		if err != nil {
 			return fmt.Errorf("owner of %s on the disk: %w", name, err)
 		}
+	}
+	if l.corrected {
+		// What e2fsck did to names and content is for the sums to say.
+		if err := scrub.Corrected(root, l.owner); err != nil {
+			return err
+		}
+		l.corrected = false
 	}
 	return root.Chmod(".", 0o755)
 }

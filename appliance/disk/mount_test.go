@@ -2,6 +2,7 @@ package disk
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -124,6 +125,92 @@ func TestFileSystemError(t *testing.T) {
 		t.Fatal(err)
 	}
 	look(true)
+}
+
+// TestRemovalsCutByAnError: an error in the middle of removals leaves a list of
+// orphans that e2fsck -p stops at. It is mended without a person; nothing but what
+// was being removed is gone, and the scrub is told.
+func TestRemovalsCutByAnError(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Fatal("this test mounts a file system: run it as root")
+	}
+	loop := strings.TrimSpace(tool(t, "mount", "losetup", "--find", "--show", fileSystem(t)))
+	t.Cleanup(func() { tool(t, "mount", "losetup", "--detach", loop) })
+	var log strings.Builder
+	l := &linux{target: filepath.Join(t.TempDir(), "media", "disk"), owner: 902, sys: "/sys", log: slog.New(slog.NewTextHandler(&log, nil))}
+	if err := l.Mount(loop); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Unmount() })
+	if err := os.Mkdir(filepath.Join(l.target, ".farkeep"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	content := []byte(strings.Repeat("content", 20_000))
+	open := []*os.File{}
+	for i := range 5 {
+		f, err := os.Create(filepath.Join(l.target, fmt.Sprint("going", i)))
+		if err == nil {
+			_, err = f.Write(content)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		open = append(open, f)
+	}
+	if err := os.WriteFile(filepath.Join(l.target, "stays"), content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range open {
+		if err := os.Remove(f.Name()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join("/sys/fs/ext4", filepath.Base(loop), "trigger_fs_error"), []byte("test"), 0o200); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range open {
+		f.Close()
+	}
+	if err := l.Unmount(); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Check(t.Context(), loop, true); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(log.String(), "corrupted orphan linked list") {
+		t.Errorf("e2fsck -p stopped at nothing, so nothing was mended: %s", log.String())
+	}
+	if err := l.Mount(loop); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(l.target, "stays")); string(got) != string(content) {
+		t.Errorf("a file that nobody removed: %d bytes, %v", len(got), err)
+	}
+	if found, err := os.ReadDir(filepath.Join(l.target, "lost+found")); len(found) > 0 || err != nil {
+		t.Errorf("lost+found: %v, %v", found, err)
+	}
+	note := filepath.Join(l.target, ".farkeep", "corrected.toml")
+	if got := uid(t, note); got != 902 {
+		t.Errorf("the note belongs to %d", got)
+	}
+	first, _ := os.ReadFile(note)
+	for _, full := range []bool{false, true} {
+		if err := l.Unmount(); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Check(t.Context(), loop, full); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Mount(loop); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if now, _ := os.ReadFile(note); string(now) != string(first) {
+		t.Error("a check that corrects nothing is noted as a correction")
+	}
 }
 
 // superOptions are a mount's options of the file system itself

@@ -108,6 +108,8 @@ type record struct {
 	Share    float64       `toml:"share"`  // in the round before
 	Findings int64         `toml:"findings"`
 	Long     long          `toml:"long"`
+	// Corrected is the correction of the file system that this round knows of.
+	Corrected string `toml:"corrected"`
 }
 
 // long is a file in whose middle the reading stopped.
@@ -220,6 +222,7 @@ func (s *Scrub) run(ctx context.Context) error {
 		s.r = record{}
 	}
 	s.r.Format = 1
+	s.begin()
 	s.noted, s.worked = s.cfg.Now(), s.cfg.Now()
 	for {
 		if err := s.wait(ctx); err != nil {
@@ -254,7 +257,7 @@ func (s *Scrub) wait(ctx context.Context) error {
 			if s.r.Worked > 0 {
 				share = s.share(s.r.LastFull)
 			}
-			s.r = record{Format: 1, Started: now.UTC(), LastFull: s.r.LastFull, Running: true, Share: share}
+			s.r = record{Format: 1, Started: now.UTC(), LastFull: s.r.LastFull, Running: true, Share: share, Corrected: s.r.Corrected}
 			s.worked = now
 			s.cfg.Log.Info("everything on the disk is read once more", "within", s.cfg.Every)
 			return s.checkpoint()

@@ -396,6 +396,48 @@ func TestResumes(t *testing.T) {
 	}
 }
 
+// TestCorrected: after e2fsck corrected the file system everything is read anew,
+// at once, and that once.
+func TestCorrected(t *testing.T) {
+	b := newBench(t)
+	b.history()
+	b.round()
+	root, err := os.OpenRoot(b.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if err := scrub.Corrected(root, os.Getuid()); err != nil {
+		t.Fatal(err)
+	}
+	read, begun := b.all, b.clock()
+	b.open()
+	b.round()
+	if b.all != 2*read {
+		t.Errorf("%d bytes were read, and after the correction %d", read, b.all-read)
+	}
+	if wait := b.last.Started.Sub(begun); wait < 0 || wait > time.Minute {
+		t.Errorf("the round began %v after the correction", wait)
+	}
+	// The next run knows: nothing is due.
+	b.open()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	due := b.clock().Add(every / 8)
+	b.cfg.Sleep = func(ctx context.Context, d time.Duration) error {
+		if b.pass(d); b.clock().After(due) {
+			cancel()
+		}
+		return ctx.Err()
+	}
+	if err := scrub.Run(ctx, b.cfg); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if b.all != 2*read {
+		t.Errorf("%d bytes were read again for the same correction", b.all-2*read)
+	}
+}
+
 // finished says whether the record on the disk knows of a whole round.
 func (b *bench) finished() bool {
 	b.mu.Lock()
