@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -403,3 +404,79 @@ func TestOneKeyCannotShutOutTheOthers(t *testing.T) {
 		t.Errorf("another key does not even get as far as being refused: %v", err)
 	}
 }
+
+// What a verb's arguments are is for the handler; a server that takes secrets
+// as words says what of them may be logged, and no error of either side quotes them.
+func TestArgumentsStayOutOfLogAndErrors(t *testing.T) {
+	const token = "AN-ARGUMENT-THAT-IS-SECRET"
+	host, _ := newSigner(t)
+	client, _ := newSigner(t)
+	var log strings.Builder
+	var mu sync.Mutex
+	server := &sshverb.Server{
+		HostKey:   host,
+		Log:       slog.New(slog.NewTextHandler(writerFunc(func(p []byte) (int, error) { mu.Lock(); defer mu.Unlock(); return log.Write(p) }), &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Authorise: func(ssh.PublicKey, net.Addr) (*ssh.Permissions, error) { return &ssh.Permissions{}, nil },
+		LogArgs:   func(_ string, args []string) []string { return args[:1] },
+		Exec: func(ctx context.Context, s *sshverb.Session) error {
+			if s.Verb == "refuse" {
+				return sshverb.Refuse(errors.New("no"), "refused")
+			}
+			if s.Verb == "panic" {
+				panic("on purpose")
+			}
+			fmt.Fprint(s.Stdout, strings.Repeat("x", 100))
+			fmt.Fprint(s.Stderr, "token new\n")
+			return nil
+		},
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- server.Serve(ctx, l) }()
+	c, err := sshverb.Dial(t.Context(), sshverb.Peer{Address: l.Addr().String(), Identity: client, HostKey: host.PublicKey()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said strings.Builder
+	for _, verb := range []string{"refuse known", "panic known", "key known"} {
+		_, err := c.Run(t.Context(), verb+" "+token, nil, 10)
+		if err == nil {
+			t.Errorf("%s: no error", verb)
+		}
+		fmt.Fprintln(&said, err)
+	}
+	d, err := c.Start(t.Context(), "key known "+token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := io.ReadAll(d.Stdout); err != nil || len(out) != 100 {
+		t.Errorf("%d bytes, %v", len(out), err)
+	}
+	if err := d.Wait(); err != nil || d.Stderr() != "token new\n" {
+		t.Errorf("standard error: %q, %v", d.Stderr(), err)
+	}
+	c.Close()
+	if _, err := c.Start(t.Context(), "key known "+token); err == nil {
+		t.Error("a closed connection started a verb")
+	} else {
+		fmt.Fprintln(&said, err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(log.String(), "known") || !strings.Contains(log.String(), "verb=key") {
+		t.Errorf("what may be logged is not: %s", log.String())
+	}
+	if strings.Contains(log.String()+said.String(), token) {
+		t.Errorf("the argument was written down:\n%s\n%s", log.String(), said.String())
+	}
+}
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
