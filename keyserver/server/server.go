@@ -25,6 +25,7 @@ import (
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
 	"farkeep/shared/keywire"
+	"farkeep/shared/settings"
 	"farkeep/shared/site"
 	"farkeep/shared/sshverb"
 
@@ -34,8 +35,11 @@ import (
 // Lease is how long an appliance may keep its disk open without asking again.
 const Lease = 24 * time.Hour
 
-// extension is the entry of ssh.Permissions that carries the appliance's name.
-const extension = "farkeep-appliance"
+// Entries of ssh.Permissions that carry a name.
+const (
+	extension     = "farkeep-appliance"
+	peerExtension = "farkeep-key-server"
+)
 
 // Config is what a server is made of. All fields are needed.
 type Config struct {
@@ -48,6 +52,28 @@ type Config struct {
 	Now     func() time.Time
 	// Limits of the SSH server; zero fields get this package's defaults.
 	Limits sshverb.Limits
+	// Peers are the other key servers of the site; nil for none.
+	Peers Peers
+	// Observe is told of every request once it is decided, for metrics; nil for
+	// nobody. It must not block.
+	Observe func(Observation)
+}
+
+// Peers answers other key servers. Their keys are no appliance's.
+type Peers interface {
+	// Authorise names the key server that a public key belongs to.
+	Authorise(key ssh.PublicKey) (name string, ok bool)
+	// Exec carries out a verb of the key server name. Errors are those of an
+	// sshverb.Handler.
+	Exec(ctx context.Context, name string, session *sshverb.Session) error
+}
+
+// Observation is what became of one request. It holds nothing that a peer wrote.
+type Observation struct {
+	Verb      string // of keywire; "connect" for an unknown key, "request" for what is none
+	Verdict   string // granted, held, refused, later, failed, malformed
+	Appliance string // "" for an unknown key
+	Took      time.Duration
 }
 
 // Server is a key server. Make it with New.
@@ -128,14 +154,27 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		limits.Idle = time.Minute
 	}
 	defer s.witness.flush()
-	verbs := &sshverb.Server{HostKey: s.c.HostKey, Authorise: s.authorise, Exec: s.exec, Limits: limits, Log: s.c.Log}
+	verbs := &sshverb.Server{HostKey: s.c.HostKey, Authorise: s.authorise, Exec: s.exec, Limits: limits, Log: s.c.Log, LogArgs: logArgs}
 	return verbs.Serve(ctx, fairListener(l, s.c.Log))
+}
+
+// logArgs lets names and UUIDs into the log, and no tokens.
+func logArgs(verb string, args []string) []string {
+	if len(args) == 1 && settings.IsName(args[0]) && verb == "peer-revoke" {
+		return args
+	}
+	return keywire.Loggable(verb, args)
 }
 
 // authorise knows the appliances of the site, revoked ones too: they are told
 // "refused", and that they asked is on record.
 func (s *Server) authorise(key ssh.PublicKey, peer net.Addr) (*ssh.Permissions, error) {
 	name, ok := s.byKey[string(key.Marshal())]
+	if !ok && s.c.Peers != nil {
+		if peer, known := s.c.Peers.Authorise(key); known {
+			return &ssh.Permissions{Extensions: map[string]string{peerExtension: peer}}, nil
+		}
+	}
 	if !ok {
 		// Not proved: a peer may show a key that it does not hold. That one was
 		// shown is worth knowing all the same.
@@ -148,7 +187,10 @@ func (s *Server) authorise(key ssh.PublicKey, peer net.Addr) (*ssh.Permissions, 
 	return &ssh.Permissions{Extensions: map[string]string{extension: name}}, nil
 }
 
-func (s *Server) exec(_ context.Context, session *sshverb.Session) error {
+func (s *Server) exec(ctx context.Context, session *sshverb.Session) error {
+	if peer, ok := session.Permissions.Extensions[peerExtension]; ok {
+		return s.c.Peers.Exec(ctx, peer, session)
+	}
 	name := session.Permissions.Extensions[extension]
 	a, ok := s.c.Site.Appliance(name)
 	if !ok {
