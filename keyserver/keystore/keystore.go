@@ -1,10 +1,15 @@
 // Package keystore is the folder in which a key server keeps the keys of disks:
-// UUID.key, the raw bytes, mode 0600, in a folder of mode 0700.
+// UUID.key, the raw bytes, or UUID.key.age, sealed with age, mode 0600, in a
+// folder of mode 0700.
+//
+// A store is sealed when recipients.txt lies in it: what is added is then sealed
+// for those recipients, and a key can be got only after [Store.Use] was given an
+// identity.
 //
 // A key that others could read is refused, not repaired: it may have been read
 // already, and a person has to know. A key in memory lies in pages of its own
-// that are never swapped out nor dumped, and is wiped when it is released. What
-// the SSH library copies while it sends a key is beyond that.
+// that are never swapped out nor dumped (package locked), and is wiped when it
+// is released.
 package keystore
 
 import (
@@ -14,9 +19,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
+	"strings"
+	"sync/atomic"
 	"time"
 
+	"farkeep/keyserver/locked"
+	"farkeep/keyserver/seal"
 	"farkeep/shared/atomicfile"
 	"farkeep/shared/hint"
 	"farkeep/shared/keywire"
@@ -26,11 +36,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoKey means that the store has no key for a disk.
-var ErrNoKey = errors.New("there is no key for this disk")
+var (
+	// ErrNoKey means that the store has no key for a disk.
+	ErrNoKey = errors.New("there is no key for this disk")
+	// ErrSealed means that a key is sealed and no identity is there to open it.
+	ErrSealed = errors.New("the key is sealed, and no identity was given to open it")
+)
+
+// maxFile bounds a key's file, in bytes: a key, and what age puts around it for
+// as many recipients as there can be, post-quantum ones (2 KiB each) included.
+const maxFile = keywire.MaxKey + 48<<10
 
 // Store is a folder of keys. It is safe for concurrent use.
-type Store struct{ dir string }
+type Store struct {
+	dir string
+	id  atomic.Pointer[seal.Identity]
+}
 
 // Open checks the folder.
 func Open(dir string) (*Store, error) {
@@ -48,71 +69,160 @@ func Open(dir string) (*Store, error) {
 	return &Store{dir: dir}, nil
 }
 
+// Use opens sealed keys with id from now on. An identity that answers to none
+// of the store's recipients is refused.
+func (s *Store) Use(id *seal.Identity) error {
+	r, sealed, err := s.Recipients()
+	if err != nil {
+		return err
+	}
+	if sealed && !slices.ContainsFunc(id.Recipients(), func(name string) bool { return slices.Contains(r.Names(), name) }) {
+		return hint.Because(fmt.Errorf("the identity is of %s, and the keys are sealed for %s", strings.Join(id.Recipients(), ", "), strings.Join(r.Names(), ", ")),
+			"name another identity, or ask who changed %s", filepath.Join(s.dir, recipientsFile))
+	}
+	s.id.Store(id)
+	return nil
+}
+
 // Key is a key in locked memory.
 type Key struct {
 	secret.Bytes
-	pages []byte
+	memory *locked.Memory
 }
 
 // Release wipes the key and gives its memory back. The key is void afterwards.
 func (k *Key) Release() {
-	if k.pages == nil {
+	if k.memory == nil {
 		return
 	}
-	clear(k.pages)
-	// Munmap unlocks as well. Neither can fail on pages that we mapped ourselves.
-	_ = unix.Munmap(k.pages)
-	k.pages, k.Bytes = nil, secret.Bytes{}
+	k.memory.Release()
+	k.memory, k.Bytes = nil, secret.Bytes{}
+}
+
+// packets is in how many pieces a key is sent, at most.
+const packets = 128
+
+// WriteTo sends the key in many small pieces, of one byte each up to a length of
+// 128. The SSH library copies what it sends into a buffer that it neither wipes nor
+// gives away, and uses that buffer again for the next piece: so what is left
+// behind is the last piece, and not the key.
+func (k *Key) WriteTo(w io.Writer) (sent int64, err error) {
+	b := k.Reveal()
+	size := (len(b) + packets - 1) / packets
+	for len(b) > 0 {
+		n, err := w.Write(b[:min(size, len(b))])
+		sent += int64(n)
+		if err != nil {
+			return sent, err
+		}
+		b = b[n:]
+	}
+	return sent, nil
 }
 
 // Get reads the key of a disk; the caller must Release it. The error wraps
-// ErrNoKey where there is none.
+// ErrNoKey where there is none, ErrSealed where there is no identity to open it.
 func (s *Store) Get(uuid string) (*Key, error) {
-	f, size, err := s.open(uuid)
+	f, err := s.find(uuid)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	pages, err := lockedPages()
+	memory, err := locked.New(keywire.MaxKey + 1)
 	if err != nil {
 		return nil, err
 	}
-	k := &Key{pages: pages}
-	// One byte of room more than the file had: a file that grows is noticed.
-	n, err := io.ReadFull(f, pages[:size+1])
-	if !errors.Is(err, io.ErrUnexpectedEOF) || n != size {
-		k.Release()
-		return nil, fmt.Errorf("read the key of %s: it changed while it was read", uuid)
+	n, err := s.read(f, memory.Bytes())
+	if err != nil {
+		memory.Release()
+		return nil, fmt.Errorf("read the key of %s: %w", uuid, err)
 	}
-	k.Bytes = secret.New(pages[:size:size])
-	return k, nil
+	return &Key{Bytes: secret.New(memory.Bytes()[:n:n]), memory: memory}, nil
 }
 
-// open opens a key's file and judges it without reading it.
-func (s *Store) open(uuid string) (*os.File, int, error) {
-	if !settings.IsLUKSUUID(uuid) {
-		return nil, 0, fmt.Errorf("%q is not a LUKS UUID", uuid)
+// keyFile is an open file of the store that was judged, not read.
+type keyFile struct {
+	*os.File
+	sealed   bool
+	size     int
+	modified time.Time
+}
+
+// read puts the key in f into dst, which is one byte longer than a key can be,
+// and returns its length.
+func (s *Store) read(f *keyFile, dst []byte) (int, error) {
+	if !f.sealed {
+		return readExactly(f, dst)
 	}
-	path := filepath.Join(s.dir, keywire.KeyFile(uuid))
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	id := s.id.Load()
+	if id == nil {
+		return 0, hint.Because(ErrSealed, "name the identity: --identity FILE, or --identity-credential NAME")
+	}
+	text := make([]byte, f.size+1)
+	n, err := readExactly(f, text)
+	if err != nil {
+		return 0, err
+	}
+	if n, err = id.Open(dst[:keywire.MaxKey], text[:n]); err != nil {
+		return 0, err
+	}
+	if n == 0 {
+		return 0, errors.New("the sealed key is empty")
+	}
+	return n, nil
+}
+
+// readExactly reads all of f into dst. A file that grows is noticed.
+func readExactly(f *keyFile, dst []byte) (int, error) {
+	n, err := io.ReadFull(f, dst[:f.size+1])
+	if !errors.Is(err, io.ErrUnexpectedEOF) || n != f.size {
+		return 0, errors.New("it changed while it was read")
+	}
+	return n, nil
+}
+
+// find opens the file of a key: the one in clear where both are there, because a
+// seal was interrupted.
+func (s *Store) find(uuid string) (*keyFile, error) {
+	if !settings.IsLUKSUUID(uuid) {
+		return nil, fmt.Errorf("%q is not a LUKS UUID", uuid)
+	}
+	f, err := s.open(keywire.KeyFile(uuid), false)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, fmt.Errorf("%w: %s", ErrNoKey, path)
+		f, err = s.open(sealedFile(uuid), true)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %s", ErrNoKey, filepath.Join(s.dir, keywire.KeyFile(uuid)))
 	}
 	if err != nil {
-		return nil, 0, fmt.Errorf("open the key of %s: %w", uuid, err)
+		return nil, fmt.Errorf("open the key of %s: %w", uuid, err)
+	}
+	return f, nil
+}
+
+// open opens a file and judges it without reading it.
+func (s *Store) open(name string, sealed bool) (*keyFile, error) {
+	path := filepath.Join(s.dir, name)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	limit := keywire.MaxKey
+	if sealed {
+		limit = maxFile
 	}
 	info, err := f.Stat()
 	if err == nil {
-		err = judge(path, info)
+		err = judge(path, info, limit)
 	}
 	if err != nil {
 		f.Close()
-		return nil, 0, err
+		return nil, err
 	}
-	return f, int(info.Size()), nil
+	return &keyFile{File: f, sealed: sealed, size: int(info.Size()), modified: info.ModTime()}, nil
 }
 
-func judge(path string, info fs.FileInfo) error {
+func judge(path string, info fs.FileInfo, limit int) error {
 	switch {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a regular file", path)
@@ -121,42 +231,17 @@ func judge(path string, info fs.FileInfo) error {
 			"chmod 600 %s, then ask who may have read it", path)
 	case info.Size() == 0:
 		return fmt.Errorf("%s is empty", path)
-	case info.Size() > keywire.MaxKey:
-		return fmt.Errorf("%s is longer than %d bytes: not a key", path, keywire.MaxKey)
+	case info.Size() > int64(limit):
+		return fmt.Errorf("%s is longer than %d bytes: not a key", path, limit)
 	}
 	return nil
 }
 
-// lockedPages returns memory for one key that is neither swapped nor dumped.
-func lockedPages() ([]byte, error) {
-	page := os.Getpagesize()
-	size := (keywire.MaxKey + 1 + page - 1) / page * page
-	pages, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		return nil, fmt.Errorf("get memory for a key: %w", err)
-	}
-	if err := unix.Mlock(pages); err != nil {
-		_ = unix.Munmap(pages)
-		return nil, hint.Because(fmt.Errorf("keep a key out of swap: %w", err), "allow the service to lock memory: LimitMEMLOCK=8M in its unit")
-	}
-	if err := unix.Madvise(pages, unix.MADV_DONTDUMP); err != nil {
-		_ = unix.Munmap(pages)
-		return nil, fmt.Errorf("keep a key out of core dumps: %w", err)
-	}
-	return pages, nil
-}
-
 // CanLock reports whether memory can be locked at all.
-func CanLock() error {
-	pages, err := lockedPages()
-	if err != nil {
-		return err
-	}
-	return unix.Munmap(pages)
-}
+func CanLock() error { return locked.Check() }
 
-// Add stores the key of a disk. A key that is there already is never replaced:
-// the error wraps fs.ErrExist. The caller wipes key.
+// Add stores the key of a disk, sealed where the store is. A key that is there
+// already is never replaced: the error wraps fs.ErrExist. The caller wipes key.
 func (s *Store) Add(uuid string, key secret.Bytes) error {
 	if !settings.IsLUKSUUID(uuid) {
 		return fmt.Errorf("%q is not a LUKS UUID", uuid)
@@ -164,40 +249,84 @@ func (s *Store) Add(uuid string, key secret.Bytes) error {
 	if key.Len() < 1 || key.Len() > keywire.MaxKey {
 		return fmt.Errorf("a key of %d bytes: 1 to %d are possible", key.Len(), keywire.MaxKey)
 	}
-	return atomicfile.Create(filepath.Join(s.dir, keywire.KeyFile(uuid)), key.Reveal(), 0o600)
+	r, sealed, err := s.Recipients()
+	if err != nil {
+		return err
+	}
+	if !sealed {
+		if err := s.absent(sealedFile(uuid)); err != nil {
+			return err
+		}
+		return atomicfile.Create(s.path(keywire.KeyFile(uuid)), key.Reveal(), 0o600)
+	}
+	if err := s.absent(keywire.KeyFile(uuid)); err != nil {
+		return err
+	}
+	text, err := r.Seal(key.Reveal())
+	if err != nil {
+		return err
+	}
+	return atomicfile.Create(s.path(sealedFile(uuid)), text, 0o600)
 }
 
-// Entry is one file of the store.
+func (s *Store) path(name string) string { return filepath.Join(s.dir, name) }
+
+func (s *Store) absent(name string) error {
+	_, err := os.Lstat(s.path(name))
+	switch {
+	case err == nil:
+		return fmt.Errorf("create %s: %w", s.path(name), fs.ErrExist)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	}
+	return err
+}
+
+// Entry is one key of the store.
 type Entry struct {
 	UUID     string
+	Sealed   bool
 	Modified time.Time
 	Err      error // why the key would not be given out; nil for none
 }
 
-// List returns the keys, by UUID, and the names of files that are none.
+// List returns the keys, by UUID, and the names of files that are none. Sealed
+// keys are not opened.
 func (s *Store) List() (keys []Entry, strays []string, err error) {
 	files, err := os.ReadDir(s.dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("list the keys: %w", err)
 	}
+	seen := map[string]bool{}
 	for _, file := range files {
-		uuid, ok := keywire.KeyFileUUID(file.Name())
-		if !ok {
+		uuid, _, ok := parseName(file.Name())
+		switch {
+		case !ok && file.Name() != recipientsFile:
 			strays = append(strays, file.Name())
 			continue
+		case !ok || seen[uuid]:
+			continue
 		}
+		seen[uuid] = true
 		e := Entry{UUID: uuid}
-		f, _, err := s.open(uuid)
-		if err != nil {
+		if f, err := s.find(uuid); err != nil {
 			e.Err = err
 		} else {
-			if info, err := f.Stat(); err == nil {
-				e.Modified = info.ModTime()
-			}
+			e.Modified, e.Sealed = f.modified, f.sealed
 			f.Close()
 		}
 		keys = append(keys, e)
 	}
 	sort.Slice(keys, func(i, j int) bool { return keys[i].UUID < keys[j].UUID })
 	return keys, strays, nil
+}
+
+// sealedFile is the name of the file that holds a sealed key.
+func sealedFile(uuid string) string { return keywire.KeyFile(uuid) + ".age" }
+
+// parseName is the inverse of keywire.KeyFile and sealedFile.
+func parseName(name string) (uuid string, sealed, ok bool) {
+	name, sealed = strings.CutSuffix(name, ".age")
+	uuid, ok = keywire.KeyFileUUID(name)
+	return uuid, sealed, ok
 }
