@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"slices"
 	"strconv"
@@ -433,13 +432,12 @@ func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []f
 	good := files[:0]
 	buf := make([]byte, 256<<10)
 	for _, f := range files {
-		name := f.Sum.String()
-		sum, err := hashFile(ctx, building, name, f.Size, buf)
+		err := readBack(ctx, building, &f.Entry, buf)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err != nil || sum != f.Sum {
-			if err := building.RemoveAll(name); err != nil {
+		if err != nil {
+			if err := building.RemoveAll(f.Sum.String()); err != nil {
 				return err
 			}
 			continue
@@ -457,32 +455,19 @@ func (t *Transaction) adopt(ctx context.Context, objects *beneath.Dir, files []f
 	return nil
 }
 
-// hashFile hashes a regular file that must have that size, as it is on the disk:
-// what was written to it must have been synced.
-func hashFile(ctx context.Context, dir *beneath.Dir, path string, size int64, buf []byte) (manifest.Sum, error) {
-	f, st, err := dir.Open(path)
+// readBack compares a file with what it should be, as it is on the disk: what was
+// written to it must have been synced.
+func readBack(ctx context.Context, dir *beneath.Dir, e *manifest.Entry, buf []byte) error {
+	f, st, err := dir.Open(e.Sum.String())
 	if err != nil {
-		return manifest.Sum{}, err
+		return err
 	}
 	defer f.Close()
-	if st.Size != size {
-		return manifest.Sum{}, fmt.Errorf("%w: %s has %d bytes, not %d", ErrDamaged, f.Name(), st.Size, size)
+	if st.Size != e.Size {
+		return fmt.Errorf("%w: %s has %d bytes, not %d", ErrDamaged, f.Name(), st.Size, e.Size)
 	}
 	unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
-	h := manifest.NewHash()
-	for {
-		if ctx.Err() != nil {
-			return manifest.Sum{}, ctx.Err()
-		}
-		n, err := f.Read(buf)
-		h.Write(buf[:n])
-		if errors.Is(err, io.EOF) {
-			return manifest.SumOf(h), nil
-		}
-		if err != nil {
-			return manifest.Sum{}, err
-		}
-	}
+	return ReadSum(ctx, f, e.Size, e.Sum, buf)
 }
 
 // readCheckpoints loads the durable lengths of half-built files.
