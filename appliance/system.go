@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -77,8 +78,13 @@ func (s *system) beat() { s.expect(stuckAfter) }
 // supervisor before this one was killed, belongs to whom the part disk gave it.
 func (s *system) makeFolders() error {
 	for _, f := range folders(s.header.Paths) {
-		if f.path == s.header.Paths.Disk() && mountRoot(f.path) {
-			continue
+		if f.path == s.header.Paths.Disk() {
+			// What cannot be looked at is left alone as well: a disk that has gone
+			// answers with an error, and is the part disk's to close.
+			mounted, err := part.MountPoint(f.path)
+			if mounted || err != nil && !errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
 		}
 		if err := os.MkdirAll(f.path, 0o700); err != nil {
 			return fmt.Errorf("make the parts' folders: %w", err)
@@ -90,18 +96,6 @@ func (s *system) makeFolders() error {
 		}
 	}
 	return nil
-}
-
-// mountRoot says whether something is mounted on path (statx(2),
-// STATX_ATTR_MOUNT_ROOT, Linux 5.8). What cannot be looked at is left alone as
-// well: a disk that has gone answers with an error, and is the part disk's to close.
-func mountRoot(path string) bool {
-	var st unix.Statx_t
-	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_NO_AUTOMOUNT, 0, &st)
-	if err != nil {
-		return !errors.Is(err, unix.ENOENT)
-	}
-	return st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 }
 
 // supervise runs the parts until ctx ends, or until a required one has failed

@@ -33,8 +33,6 @@ import (
 	"farkeep/shared/generations"
 	"farkeep/shared/hint"
 	"farkeep/shared/history"
-
-	"golang.org/x/sys/unix"
 )
 
 // Limits.
@@ -199,7 +197,12 @@ func (k *Keeper) attach() error {
 		return nil
 	}
 	path := k.env.Paths.Disk()
-	if err := mountPoint(path); err != nil {
+	// Nothing is written into the folder below a disk that is not mounted.
+	mounted, err := part.MountPoint(path)
+	if err == nil && !mounted {
+		err = fmt.Errorf("no disk is mounted on %s", path)
+	}
+	if err != nil {
 		return hint.Because(fmt.Errorf("attach: %w", err), "this is the disk part's to solve; nothing was written")
 	}
 	store, err := generations.Open(path, generations.Options{
@@ -250,19 +253,6 @@ func free(store *generations.Store) int64 {
 		return -1
 	}
 	return free
-}
-
-// mountPoint makes sure that nothing is written into the folder below a disk
-// that is not mounted (statx(2), STATX_ATTR_MOUNT_ROOT, Linux 5.8).
-func mountPoint(path string) error {
-	var st unix.Statx_t
-	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_NO_AUTOMOUNT, unix.STATX_BASIC_STATS, &st); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	if st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
-		return fmt.Errorf("no disk is mounted on %s", path)
-	}
-	return nil
 }
 
 // clockSet says whether commit times can be believed.
