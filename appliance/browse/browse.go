@@ -19,6 +19,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"farkeep/appliance/listing"
+
 	"github.com/pkg/sftp"
 )
 
@@ -152,7 +154,7 @@ func (d *Disk) Filelist(r *sftp.Request) (sftp.ListerAt, error) {
 		if err != nil {
 			return nil, status(err)
 		}
-		return entries{info}, nil
+		return listing.Entries{info}, nil
 	}
 	return nil, sftp.ErrSSHFxOpUnsupported
 }
@@ -167,7 +169,7 @@ func (d *Disk) Lstat(r *sftp.Request) (sftp.ListerAt, error) {
 	if err != nil {
 		return nil, status(err)
 	}
-	return entries{info}, nil
+	return listing.Entries{info}, nil
 }
 
 func (d *Disk) list(name string) (sftp.ListerAt, error) {
@@ -186,21 +188,7 @@ func (d *Disk) list(name string) (sftp.ListerAt, error) {
 	}
 	all = slices.DeleteFunc(all, func(i fs.FileInfo) bool { return !d.allow(i.Name()) })
 	slices.SortFunc(all, func(a, b fs.FileInfo) int { return strings.Compare(a.Name(), b.Name()) })
-	return entries(all), nil
-}
-
-// entries is a list that fits in memory.
-type entries []fs.FileInfo
-
-func (e entries) ListAt(out []fs.FileInfo, offset int64) (int, error) {
-	if offset >= int64(len(e)) {
-		return 0, io.EOF
-	}
-	n := copy(out, e[offset:])
-	if n < len(out) {
-		return n, io.EOF
-	}
-	return n, nil
+	return listing.Entries(all), nil
 }
 
 // folder reads a folder as it is asked for, whatever its size: package sftp

@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"farkeep/appliance/listing"
 	"farkeep/shared/beneath"
 	"farkeep/shared/pushwire"
 
@@ -463,12 +464,12 @@ func (s *Session) stat(name string) (sftp.ListerAt, error) {
 	case err != nil:
 		return nil, err
 	case p.repository == "":
-		return entries{topFolder("/")}, nil
+		return listing.Entries{topFolder("/")}, nil
 	case p.rel == "":
 		if err := s.exists(p.repository); err != nil {
 			return nil, err
 		}
-		return entries{topFolder(p.repository)}, nil
+		return listing.Entries{topFolder(p.repository)}, nil
 	}
 	t, err := s.tree(p.repository)
 	if err != nil {
@@ -478,7 +479,7 @@ func (s *Session) stat(name string) (sftp.ListerAt, error) {
 	if err != nil {
 		return nil, err
 	}
-	return entries{&info{path.Base(p.rel), st}}, nil
+	return listing.Entries{&info{path.Base(p.rel), st}}, nil
 }
 
 func (s *Session) list(name string) (sftp.ListerAt, error) {
@@ -491,7 +492,7 @@ func (s *Session) list(name string) (sftp.ListerAt, error) {
 		if err != nil {
 			return nil, err
 		}
-		var all entries
+		var all listing.Entries
 		for _, n := range names {
 			all = append(all, topFolder(n))
 		}
@@ -547,20 +548,6 @@ func (i *info) ModTime() time.Time { return time.Unix(i.st.Mtim.Unix()) }
 func (i *info) IsDir() bool { return i.Mode().IsDir() }
 
 func (i *info) Sys() any { return nil }
-
-// entries is a list that fits in memory.
-type entries []fs.FileInfo
-
-func (e entries) ListAt(out []fs.FileInfo, offset int64) (int, error) {
-	if offset >= int64(len(e)) {
-		return 0, io.EOF
-	}
-	n := copy(out, e[offset:])
-	if n < len(out) {
-		return n, io.EOF
-	}
-	return n, nil
-}
 
 // lister reads a folder as it is asked for, whatever its size.
 type lister struct {
