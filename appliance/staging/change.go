@@ -40,7 +40,7 @@ func (t *tree) change(s *Session, f func() error) error {
 func (t *tree) touch(s *Session) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.changed[s], t.wrote = time.Now(), true
+	t.changed[s] = time.Now()
 }
 
 // parent opens the folder in which a path, checked by manifest.CheckPath, lies.

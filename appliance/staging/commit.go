@@ -79,16 +79,16 @@ func (a *Area) Freeze(ctx context.Context, p Peer, repository string) (*Frozen, 
 	return f, nil
 }
 
-// sync writes everything out before it is hashed. When that fails, nobody knows
+// sync writes everything out before it is hashed, also what an earlier keeper was
+// killed over. When that fails, nobody knows
 // which of the client's bytes the disk has, and the kernel tells only once: the
 // copy is not committed any more. A keeper that is killed before forgets it; what
 // is committed then is what the disk has.
 func (t *tree) sync() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.failed == nil && t.wrote {
+	if t.failed == nil {
 		t.failed = t.home.SyncFS()
-		t.wrote = false
 	}
 	if t.failed == nil {
 		return nil
@@ -179,8 +179,8 @@ func (f *Frozen) List() (io.ReadCloser, error) {
 // Adopt gives the push what it needs of the copy: the files that were hashed; with
 // all, every file, for a base that turned out to be damaged.
 func (f *Frozen) Adopt(ctx context.Context, tx *generations.Transaction, all bool) error {
-	// A power cut must not leave an object whose bytes never reached the disk; and the
-	// list must be there to say which modes the files had.
+	// A power cut must find the list, which says what modes the files had before
+	// they are taken. Their bytes are on the disk since Freeze.
 	if err := f.t.home.SyncFS(); err != nil {
 		return err
 	}
@@ -327,7 +327,7 @@ func (a *Area) Discard(ctx context.Context, p Peer, repository string) error {
 	}
 	t.mu.Lock()
 	t.known, t.entries, t.bytes, t.allowance = false, 0, 0, 0
-	t.wrote, t.failed = false, nil
+	t.failed = nil
 	t.mu.Unlock()
 	top, err := a.open(false)
 	if err != nil {

@@ -53,7 +53,6 @@ type tree struct {
 	writers    int                    // open write handles
 	nodes      map[uint64]*node       // what they write to, by inode
 	changed    map[*Session]time.Time // by sessions that are there, when last
-	wrote      bool                   // something that was not synced yet
 	failed     error                  // of a sync: what the disk has is not known
 	free       chan struct{}          // closed and made anew whenever a writer or a session goes
 	known      bool                   // entries and bytes were counted
