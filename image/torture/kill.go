@@ -72,7 +72,7 @@ func Kill(ctx context.Context, o Options, plan KillPlan) (_ *Figures, err error)
 	expiry(&policy)
 	b.rules = policy.History.For(plainName)
 	b.seen = &witness.Witness{MayGo: b.mayGo}
-	b.svc, err = service.Start(ctx, service.Options{Dir: o.Dir, Bin: o.Bin, DiskSize: diskSize, Settings: expiry, Log: o.Log, Bound: true})
+	b.svc, err = service.Start(ctx, service.Options{Dir: o.Dir, Bin: o.Bin, DiskSize: diskSize, Settings: expiry, Log: o.Log, InMemory: true})
 	if err != nil {
 		return &b.Figures, err
 	}

@@ -39,8 +39,8 @@ type Options struct {
 	Dir      string // an empty folder, in which other users may go
 	Bin      string // farkeep-appliance (built with the tag torture) and farkeep-pusher
 	DiskSize int64  // bytes
-	// Bound puts the image on a file system of its own, in memory.
-	Bound bool
+	// InMemory puts the image on a file system of its own, in memory.
+	InMemory bool
 	// Settings changes the appliance's settings before they are written; may be nil.
 	Settings func(*settings.Appliance)
 	Log      io.Writer // what the appliance says; may be nil
@@ -68,7 +68,7 @@ type Service struct {
 	keys    map[Key]ssh.Signer
 	public  map[Key]string
 	hostKey string
-	bound   bool // the image's own file system is mounted
+	mounted bool // the image's own file system is mounted
 
 	mu  sync.Mutex // guards the fields below
 	cmd *exec.Cmd
@@ -103,11 +103,11 @@ func (s *Service) makeDisk(ctx context.Context) (uuid string, err error) {
 	if err := os.MkdirAll(filepath.Dir(s.Image), 0o700); err != nil {
 		return "", err
 	}
-	if s.o.Bound {
+	if s.o.InMemory {
 		if err := unix.Mount("torture", filepath.Dir(s.Image), "tmpfs", 0, fmt.Sprintf("size=%d,mode=0700", s.o.DiskSize+s.o.DiskSize/8)); err != nil {
 			return "", fmt.Errorf("mount a tmpfs for the disk's image: %w", err)
 		}
-		s.bound = true
+		s.mounted = true
 	}
 	f, err := os.OpenFile(s.Image, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -430,9 +430,9 @@ func (s *Service) Close() error {
 		err = errors.Join(err, detach)
 		s.Loop = ""
 	}
-	if s.bound {
+	if s.mounted {
 		err = errors.Join(err, unix.Unmount(filepath.Dir(s.Image), unix.MNT_DETACH))
-		s.bound = false
+		s.mounted = false
 	}
 	return err
 }
