@@ -59,7 +59,7 @@ func (id ID) Name() string {
 // goroutines.
 type Witness struct {
 	// MayGo says whether a generation that is gone was allowed to go, all those
-	// that were there at the last look being given; nil: none may.
+	// that were there at the last look or at this one being given; nil: none may.
 	MayGo func(gone ID, there []ID) error
 
 	mu    sync.Mutex // guards the fields below
@@ -137,11 +137,17 @@ func (w *Witness) Look(ctx context.Context, root string) error {
 			differences = append(differences, fmt.Errorf("%s: %w", id, err))
 		}
 	}
-	all := union(before, names)
-	for _, id := range before {
-		if slices.Contains(names, id) {
-			continue
-		}
+	gone := slices.DeleteFunc(before, func(id ID) bool { return slices.Contains(names, id) })
+	if len(gone) == 0 {
+		return errors.Join(differences...)
+	}
+	// What goes while this looks may make room for what came while this looked.
+	later, err := List(root)
+	if err != nil {
+		return errors.Join(append(differences, err)...)
+	}
+	all := union(union(gone, names), later)
+	for _, id := range gone {
 		err := errors.New("nothing may go")
 		if w.MayGo != nil {
 			err = w.MayGo(id, all)
