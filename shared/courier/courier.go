@@ -146,6 +146,9 @@ func (k *Courier) Step(ctx context.Context) (busy bool, err error) {
 	return true, nil
 }
 
+// Done is closed when the delivery that is under way ends; nil if none is.
+func (k *Courier) Done() <-chan struct{} { return k.busy }
+
 // Wait waits for the delivery that is under way, if one is: it ends with the
 // context of its Step, or after minutes.
 func (k *Courier) Wait() {
