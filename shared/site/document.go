@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"strings"
 	"text/template"
+	"time"
 
 	"farkeep/shared/settings"
 	"farkeep/shared/tomlfile"
@@ -180,6 +181,7 @@ func (s *Site) FreeAddress() (netip.Addr, error) {
 func execute(name string, data any) ([]byte, error) {
 	t, err := template.New("").Funcs(template.FuncMap{
 		"q": settings.Quote, "list": settings.QuoteList[string],
+		"time": func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
 	}).Parse(fileTemplate)
 	if err != nil {
 		return nil, fmt.Errorf("write site.toml: %w", err)

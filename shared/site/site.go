@@ -32,6 +32,7 @@ type Site struct {
 	History      History      `toml:"history"`
 	DeadMan      DeadMan      `toml:"dead_man"`
 	Clock        Clock        `toml:"clock"`
+	Bundle       Bundle       `toml:"bundle"`
 }
 
 // VPN is the WireGuard network between home and its appliances.
@@ -79,25 +80,20 @@ type KeyServer struct {
 
 // Appliance is one Pi elsewhere.
 type Appliance struct {
-	Name       string          `toml:"name"`
-	Board      string          `toml:"board"` // "pi3", "pi4", "zero2w", "virt", or "service"
-	VPNAddress netip.Addr      `toml:"vpn_address"`
-	VPNKey     string          `toml:"vpn_key"`
-	Address    string          `toml:"address"`    // host:port of its receiver; default the VPN address, port 22
-	HostKey    string          `toml:"host_key"`   // public
-	ClientKey  string          `toml:"client_key"` // public; what key servers authorise
-	LUKS       string          `toml:"luks_uuid"`  // "" until its disk is prepared
+	Name       string     `toml:"name"`
+	Board      string     `toml:"board"` // "pi3", "pi4", "zero2w", "virt", or "service"
+	VPNAddress netip.Addr `toml:"vpn_address"`
+	VPNKey     string     `toml:"vpn_key"`
+	Address    string     `toml:"address"`    // host:port of its receiver; default the VPN address, port 22
+	HostKey    string     `toml:"host_key"`   // public
+	ClientKey  string     `toml:"client_key"` // public; what key servers authorise
+	LUKS       string     `toml:"luks_uuid"`  // "" until its disk is prepared
+	// LUKSHeader is the fingerprint (luksheader) of the header in the backups, 64
+	// hexadecimal digits; "" while there is none. A live header that differs is an alarm.
+	LUKSHeader string          `toml:"luks_header"`
 	Relay      settings.Relay  `toml:"relay"`
 	Window     settings.Window `toml:"window"`
 	KeyPolicy  KeyPolicy       `toml:"key_policy"`
-}
-
-// KeyPolicy is the standing rule by which key servers give an appliance its
-// key. That an appliance is revoked is no rule but an event: each key server
-// keeps it in its own state.
-type KeyPolicy struct {
-	Source     string `toml:"source"`       // "any" (default), or "vpn": from the appliance's VPN address only
-	KeysPerDay int    `toml:"keys_per_day"` // in any 24 hours; default 48
 }
 
 // Repository is one named directory tree to mirror.
@@ -240,8 +236,7 @@ func (s *Site) SetDefaults() {
 func (a *Appliance) SetDefaults() {
 	setDefault(&a.Relay.Driver, "none")
 	setDefault(&a.Relay.Active, "high")
-	setDefault(&a.KeyPolicy.Source, "any")
-	setDefault(&a.KeyPolicy.KeysPerDay, 48)
+	a.KeyPolicy.setDefaults()
 	if a.Address == "" && a.VPNAddress.IsValid() {
 		a.Address = netip.AddrPortFrom(a.VPNAddress, 22).String()
 	}

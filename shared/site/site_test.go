@@ -73,7 +73,7 @@ func TestReadFillsInDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	a, ok := s.Appliance("attic")
-	if !ok || a.Address != "10.77.0.2:22" || a.KeyPolicy != (site.KeyPolicy{Source: "vpn", KeysPerDay: 10}) {
+	if !ok || a.Address != "10.77.0.2:22" || !cmp.Equal(a.KeyPolicy, site.KeyPolicy{Source: "vpn", KeysPerDay: 10, Approval: "after-absence", Absence: settings.Duration(96 * time.Hour), Token: "required", Lease: settings.Duration(24 * time.Hour), Place: "none"}) {
 		t.Errorf("attic: %+v", a)
 	}
 	if s.VPN.ListenPort != 51820 || s.Push.WakeWait.Std() != 10*time.Minute || s.Push.LockWait.Std() != 2*time.Hour || s.Mail.TLS != "implicit" || s.DeadMan != settings.DefaultDeadMan() {

@@ -75,6 +75,7 @@ func (s *Site) validate(v validator) {
 	s.validatePushers(v)
 	s.validateSources(v)
 	s.validateAlarms(v)
+	s.validateBundle(v)
 }
 
 func (s *Site) validateHome(v validator) {
@@ -155,10 +156,9 @@ func (s *Site) validateAppliances(v validator) {
 		v.Check(key == "", "appliance.relay", key, i, "%s", text)
 		key, text = a.Window.Mistake()
 		v.Check(key == "", "appliance.window", key, i, "%s", text)
-		p := a.KeyPolicy
-		v.Check(p.Source == "any" || p.Source == "vpn", "appliance.key_policy", "source", i, "%q is neither any nor vpn", p.Source)
-		v.Check(p.Source != "vpn" || a.VPNAddress.IsValid(), "appliance.key_policy", "source", i, "the appliance has no vpn_address to compare with")
-		v.Check(p.KeysPerDay >= 1 && p.KeysPerDay <= 1440, "appliance.key_policy", "keys_per_day", i, "%d is not between 1 and 1440", p.KeysPerDay)
+		v.Check(a.LUKSHeader == "" || headerPattern.MatchString(a.LUKSHeader), table, "luks_header", i, "%q is not the fingerprint of a LUKS header: 64 hexadecimal digits, as farkeep-image disk prints them", a.LUKSHeader)
+		key, text = a.KeyPolicy.mistake(a)
+		v.Check(key == "", "appliance.key_policy", key, i, "%s", text)
 	}
 }
 
