@@ -86,7 +86,7 @@ type Facts struct {
 	Request  keywire.Request
 	From     netip.Addr     // the peer's address in the VPN; not valid where it cannot be read
 	Place    place.Sighting // where the VPN sees that peer; zero: it does not say
-	At       moment.Moment
+	Now      moment.Moment
 	NewToken keywire.Token // random; becomes the appliance's next token if a key is granted
 }
 
@@ -155,14 +155,14 @@ func (j *judgement) decide() Decision {
 		if j.a.LUKS == "" || r.UUID != j.a.LUKS {
 			return j.refuse(ReasonForeignDisk)
 		}
-		n.Dark = j.f.At
+		n.Dark = j.f.Now
 		return Decision{Verdict: Grant, Reason: ReasonNoted}
 	}
 	switch n.Standing.State {
 	case Enabled:
 	case Revoked:
 		if n.Told.IsZero() {
-			n.Told = j.f.At
+			n.Told = j.f.Now
 		}
 		return j.refuse(ReasonRevoked)
 	default:
@@ -183,8 +183,8 @@ func (j *judgement) decide() Decision {
 	default:
 		return j.refuse(ReasonUnknownVerb)
 	}
-	if j.f.At.Boot == "" || n.Anchor.Boot != j.f.At.Boot {
-		n.Anchor = j.f.At
+	if j.f.Now.Boot == "" || n.Anchor.Boot != j.f.Now.Boot {
+		n.Anchor = j.f.Now
 	}
 	j.forget()
 	if r.Verb == keywire.Key && len(n.Keys) >= min(j.p.KeysPerDay, maxKeys) {
@@ -210,7 +210,7 @@ func (j *judgement) decide() Decision {
 
 // asks is everything about the request that a person should be asked about.
 func (j *judgement) asks(w whereabouts) (asks []string) {
-	n, r, at := &j.next, j.f.Request, j.f.At
+	n, r, at := &j.next, j.f.Request, j.f.Now
 	if !n.LastSeen.IsZero() || !n.LastKey.IsZero() {
 		if _, most := at.Since(n.LastSeen); n.LastSeen.IsZero() || most > j.p.Absence.Std() {
 			n.Absent = true // until a person has said that it is all right
@@ -241,7 +241,7 @@ func (j *judgement) asks(w whereabouts) (asks []string) {
 // that was heard before. It measures by the clock that nobody sets, and says
 // nothing where that one began anew meanwhile.
 func (j *judgement) contradicts() bool {
-	c, t, at := j.f.Request.Claims, j.next.Trusted, j.f.At
+	c, t, at := j.f.Request.Claims, j.next.Trusted, j.f.Now
 	if c.Boot == "" || c.Up == 0 || t.Boot == "" || at.Boot == "" || at.Boot != t.At.Boot {
 		return false
 	}
@@ -255,7 +255,7 @@ func (j *judgement) contradicts() bool {
 // inWindow judges by the wall clock, and by what it would show had nobody set it
 // since the key server's boot: both must agree that keys are expected now.
 func (j *judgement) inWindow() bool {
-	at, anchor := j.f.At, j.next.Anchor
+	at, anchor := j.f.Now, j.next.Anchor
 	return j.p.Expects(at.Wall) && j.p.Expects(anchor.Wall.Add(at.Up-anchor.Up))
 }
 
@@ -268,9 +268,9 @@ func (j *judgement) refuse(why string) Decision {
 func (j *judgement) later() Decision {
 	n := &j.next
 	if n.Unplaced.IsZero() {
-		n.Unplaced = j.f.At
+		n.Unplaced = j.f.Now
 	}
-	least, _ := j.f.At.Since(n.Unplaced)
+	least, _ := j.f.Now.Since(n.Unplaced)
 	return Decision{Verdict: Later, Reason: ReasonUnplaced, Unexpected: least >= UnplacedPatience && j.warn(ReasonUnplaced, "")}
 }
 
@@ -363,7 +363,7 @@ func (j *judgement) excused(d *Decision, w whereabouts, asks []string) bool {
 // approved reports whether a person approved a request like this one.
 func (j *judgement) approved(w whereabouts, asks []string) bool {
 	a, r := j.next.Approval, j.f.Request
-	if a == nil || !j.f.At.Before(a.Given, ApprovalTime) {
+	if a == nil || !j.f.Now.Before(a.Given, ApprovalTime) {
 		return false
 	}
 	for _, ask := range asks {
@@ -388,7 +388,7 @@ func (j *judgement) approved(w whereabouts, asks []string) bool {
 // announced reports whether a person said beforehand that the appliance would move.
 func (j *judgement) announced(asks []string) bool {
 	e := j.next.Expected
-	if e == nil || !j.f.At.Before(e.Given, e.Until.Sub(e.Given.Wall)) {
+	if e == nil || !j.f.Now.Before(e.Given, e.Until.Sub(e.Given.Wall)) {
 		return false
 	}
 	return !slices.ContainsFunc(asks, func(ask string) bool { return ask != AskToken && ask != AskPlace && ask != AskAbsence })
@@ -397,7 +397,7 @@ func (j *judgement) announced(asks []string) bool {
 // accept remembers a request that is granted. asks are what was excused, how says
 // by whom.
 func (j *judgement) accept(d *Decision, w whereabouts, asks []string, how string) {
-	n, r, at := &j.next, j.f.Request, j.f.At
+	n, r, at := &j.next, j.f.Request, j.f.Now
 	n.LastSeen = at
 	if w.standing != placeUnknown {
 		n.Unplaced = moment.Moment{}
@@ -460,7 +460,7 @@ func digest(t keywire.Token) string {
 // wait lists the request for a person: one entry for each network that the
 // appliance asked from.
 func (j *judgement) wait(w whereabouts, asks []string) (id string, added bool) {
-	n, r, at := &j.next, j.f.Request, j.f.At
+	n, r, at := &j.next, j.f.Request, j.f.Now
 	i := slices.IndexFunc(n.Waiting, func(one Waiting) bool { return one.Network.Name == w.network.Name })
 	if added = i < 0; added {
 		if len(n.Waiting) >= maxWaiting {
@@ -487,7 +487,7 @@ func (s *State) drop(which func(Waiting) bool) { s.Waiting = slices.DeleteFunc(s
 
 // forget drops what has grown old. Where clocks contradict each other it keeps.
 func (j *judgement) forget() {
-	n, at := &j.next, j.f.At
+	n, at := &j.next, j.f.Now
 	older := func(than moment.Moment, d time.Duration) bool { least, _ := at.Since(than); return least >= d }
 	n.Keys = slices.DeleteFunc(n.Keys, func(k moment.Moment) bool { return older(k, day) })
 	n.drop(func(w Waiting) bool { return older(w.Last, waitingMemory) })
@@ -504,16 +504,16 @@ func (j *judgement) warn(what, from string) bool {
 		if w.What != what {
 			continue
 		}
-		if least, _ := j.f.At.Since(w.At); least < warnAgain {
+		if least, _ := j.f.Now.Since(w.At); least < warnAgain {
 			return false
 		}
-		n.Warned[i].At = j.f.At
+		n.Warned[i].At = j.f.Now
 		return true
 	}
 	if len(n.Warned) >= maxWarned {
 		n.Warned = slices.Delete(n.Warned, 0, 1)
 	}
-	n.Warned = append(n.Warned, Warning{What: what, At: j.f.At})
+	n.Warned = append(n.Warned, Warning{What: what, At: j.f.Now})
 	return true
 }
 

@@ -33,7 +33,7 @@ func (j *judgement) where() whereabouts {
 	if j.p.Place == site.PlaceNone {
 		return whereabouts{standing: placeUnjudged}
 	}
-	s, at := j.f.Place, j.f.At
+	s, at := j.f.Place, j.f.Now
 	here := s.Here()
 	if !s.Known() || s.Source != j.p.Place || s.Boot == "" || s.Boot != at.Boot || at.Up-here.Last > place.Stale {
 		return whereabouts{standing: placeUnknown}
@@ -64,7 +64,7 @@ func (j *judgement) where() whereabouts {
 // appliance that has never been reached otherwise, or where a person said so.
 func (j *judgement) known(n place.Network) bool {
 	return slices.ContainsFunc(j.next.Networks, func(k KnownNetwork) bool {
-		return k.Same(n) && j.f.At.Wall.Sub(k.Last) <= NetworkMemory && (!n.IsRelay() || k.How != "first" || !j.direct())
+		return k.Same(n) && j.f.Now.Wall.Sub(k.Last) <= NetworkMemory && (!n.IsRelay() || k.How != "first" || !j.direct())
 	})
 }
 
@@ -109,7 +109,7 @@ func (j *judgement) settle(w whereabouts, how string) {
 			return // trusted for now, and not known from now on
 		}
 	}
-	wall := stamp(j.f.At)
+	wall := stamp(j.f.Now)
 	for i, k := range n.Networks {
 		if k.Name == w.network.Name {
 			n.Networks[i].Last = wall
