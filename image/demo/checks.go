@@ -20,6 +20,7 @@ import (
 	"farkeep/image/stage"
 	"farkeep/shared/pushwire"
 	"farkeep/shared/secret"
+	"farkeep/shared/volumekey"
 )
 
 // push runs the pusher, which must succeed.
@@ -271,7 +272,7 @@ func (d *show) search(ctx context.Context) error {
 				if err != nil {
 					return err
 				}
-				volume, err := luksfile.VolumeKey(header, secret.New(bytes.Clone(key)))
+				volume, err := volumekey.Open(header, secret.New(bytes.Clone(key)))
 				if err != nil {
 					return err
 				}

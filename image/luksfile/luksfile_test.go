@@ -16,6 +16,7 @@ import (
 
 	"farkeep/image/luksfile"
 	"farkeep/shared/secret"
+	"farkeep/shared/volumekey"
 
 	"github.com/anatol/devmapper.go"
 	"github.com/anatol/luks.go"
@@ -170,7 +171,7 @@ func TestSectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer v.Close()
-	master, err := luksfile.VolumeKey(h, key)
+	master, err := volumekey.Open(h, key)
 	if err != nil {
 		t.Fatal(err)
 	}

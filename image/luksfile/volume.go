@@ -12,6 +12,7 @@ import (
 
 	"farkeep/shared/luksheader"
 	"farkeep/shared/secret"
+	"farkeep/shared/volumekey"
 
 	"golang.org/x/crypto/xts"
 	"golang.org/x/sync/errgroup"
@@ -35,7 +36,7 @@ func Open(path string, key secret.Bytes, writable bool) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	master, err := VolumeKey(h, key)
+	master, err := volumekey.Open(h, key)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
