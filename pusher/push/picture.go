@@ -5,21 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
-
-	"golang.org/x/sys/unix"
 
 	"farkeep/pusher/freeze"
 	"farkeep/pusher/listing"
 	"farkeep/pusher/progress"
 	"farkeep/pusher/repository"
 	"farkeep/shared/hint"
-	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
-	"farkeep/shared/recipe"
 )
 
 // picture is one repository, frozen where that is possible, and its manifest. A
@@ -92,6 +87,14 @@ func (p *picture) fresh(ctx context.Context, lane *progress.Lane) (*list, error)
 	return p.push.list(ctx, p.repository, p.repository.Path, listing.Options{}, lane)
 }
 
+// root is the folder to upload from.
+func (p *picture) root() string {
+	if p.frozen != nil {
+		return p.frozen.Root
+	}
+	return p.repository.Path
+}
+
 // check reports whether what was uploaded may be committed.
 func (p *picture) check() error {
 	if p.frozen == nil {
@@ -157,114 +160,6 @@ func (p *Push) list(ctx context.Context, r repository.Repository, root string, o
 type ChangedError struct{ Path string }
 
 func (e *ChangedError) Error() string { return e.Path + " changed during the upload" }
-
-// upload writes the recipes of the needed files to w, and tells sent of every
-// piece of a file that went out.
-func upload(ctx context.Context, w io.Writer, root string, l *list, answer needed, sent func(n int64)) error {
-	dir, err := os.OpenRoot(root)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	in, err := l.open()
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	kept := map[int64]int64{}
-	for _, p := range answer.resume {
-		kept[p.Index] = p.Have
-	}
-	m := manifest.NewReader(in)
-	enc := recipe.NewEncoder(w)
-	buf := make([]byte, 256<<10)
-	left := answer.set.Len()
-	for left > 0 {
-		e, err := m.Next()
-		if errors.Is(err, io.EOF) {
-			return errors.New("the target asks for files that were not offered")
-		}
-		if err != nil {
-			return err
-		}
-		if !answer.set.Has(m.Index()) {
-			continue
-		}
-		if e.Kind != manifest.File {
-			return fmt.Errorf("the target asks for %q, which is a folder", e.Path)
-		}
-		left--
-		if err := uploadFile(ctx, enc, dir, &e, m.Index(), min(kept[m.Index()], e.Size), buf, sent); err != nil {
-			return err
-		}
-	}
-	return enc.Close()
-}
-
-type needed struct {
-	set    *manifest.Set
-	resume []pushwire.Partial
-}
-
-func uploadFile(ctx context.Context, enc *recipe.Encoder, dir *os.Root, e *manifest.Entry, index, keep int64, buf []byte, sent func(int64)) error {
-	// O_NONBLOCK: should a pipe have taken the file's place, do not wait for its writer.
-	f, err := dir.OpenFile(e.Path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return &ChangedError{e.Path}
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() || info.Size() != e.Size {
-		return &ChangedError{e.Path}
-	}
-	if err := enc.File(index); err != nil {
-		return err
-	}
-	if keep > 0 {
-		if err := enc.Keep(keep); err != nil {
-			return err
-		}
-	}
-	h := manifest.NewHash()
-	in := io.LimitReader(f, e.Size+1)
-	for at := int64(0); ; {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
-		n, err := in.Read(buf)
-		if n > 0 {
-			h.Write(buf[:n])
-			fresh := buf[min(int64(n), max(0, keep-at)):n]
-			at += int64(n)
-			if at > e.Size {
-				return &ChangedError{e.Path}
-			}
-			if len(fresh) > 0 {
-				if _, err := enc.Write(fresh); err != nil {
-					return err
-				}
-				sent(int64(len(fresh)))
-			}
-		}
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-	}
-	// The other side would find it too; here it can be named for what it is.
-	if manifest.SumOf(h) != e.Sum {
-		return &ChangedError{e.Path}
-	}
-	return enc.End(e.Sum)
-}
 
 // changedHint explains a file of a frozen Borg repository that changed.
 func changedHint(err error) error {

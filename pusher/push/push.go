@@ -17,6 +17,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -24,11 +26,13 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 
+	"farkeep/pusher/base"
 	"farkeep/pusher/borglock"
 	"farkeep/pusher/progress"
 	"farkeep/pusher/repository"
 	"farkeep/pusher/target"
 	"farkeep/shared/hint"
+	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
 )
 
@@ -60,6 +64,8 @@ type Push struct {
 	Now   func() time.Time
 	Log   *slog.Logger
 	Board *progress.Board
+
+	bases *base.Memory // what the targets hold
 }
 
 // Outcome is how one repository's push to one target ended.
@@ -69,8 +75,9 @@ type Outcome struct {
 	Generation string        `json:"generation,omitempty"`
 	New        bool          `json:"new"` // false: unchanged, the newest generation was confirmed
 	Suspect    bool          `json:"suspect,omitempty"`
-	Files      int64         `json:"files"` // uploaded
-	Bytes      int64         `json:"bytes"` // uploaded
+	Files      int64         `json:"files"`  // uploaded
+	Bytes      int64         `json:"bytes"`  // of them, that crossed the line
+	Copied     int64         `json:"copied"` // of them, that the target took from what it held
 	Took       time.Duration `json:"took"`
 	Err        error         `json:"-"`
 	digest     string
@@ -147,6 +154,7 @@ func (p *Push) Run(ctx context.Context) *Report {
 			return b
 		}
 	}
+	p.bases = base.Open(filepath.Join(p.State, "base"), p.Log)
 	report := &Report{Problems: p.Problems}
 	pictures := make([]*picture, len(p.Repositories))
 	for i, r := range p.Repositories {
@@ -189,7 +197,7 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 			failed = true
 			p.Log.Error("push failed", "repository", o.Repository, "target", o.Target, "err", o.Err)
 		} else {
-			p.Log.Info("pushed", "repository", o.Repository, "target", o.Target, "generation", o.Generation, "new", o.New, "files", o.Files, "bytes", o.Bytes, "took", o.Took.Round(time.Millisecond))
+			p.Log.Info("pushed", "repository", o.Repository, "target", o.Target, "generation", o.Generation, "new", o.New, "files", o.Files, "bytes", o.Bytes, "copied", o.Copied, "took", o.Took.Round(time.Millisecond))
 		}
 		outcomes = append(outcomes, o)
 	}
@@ -223,6 +231,7 @@ func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcom
 		if !again {
 			if err == nil {
 				o.digest = l.Digest.String()
+				p.remember(ctx, t, pic, l, lane)
 				err = p.Memory.Pushed(pic.repository, t.Name(), repository.Push{At: p.Now().UTC(), Generation: o.Generation, Digest: o.digest, New: o.New})
 			}
 			return err
@@ -247,13 +256,25 @@ func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcom
 // offerUntilDone offers, uploads and commits, again after every cut. again says
 // that the list is not true any more, which err explains.
 func (p *Push) offerUntilDone(ctx context.Context, t target.Target, pic *picture, l *list, o *Outcome, lane *progress.Lane) (again bool, err error) {
-	moved := func() int64 { return o.Bytes }
+	moved := func() int64 { return o.Bytes + o.Copied }
 	recommitted := false
+	careful := pic.repository.Kind != pushwire.KindBorg1
 	err = p.retry(ctx, t, moved, func() error {
 		again = false
-		err := p.once(ctx, t, pic, l, o, lane)
+		err := p.once(ctx, t, pic, l, careful, o, lane)
 		var changed *ChangedError
 		var commit *commitError
+		var refused *uploadError
+		if errors.As(err, &refused) && !careful && !target.Temporary(err) && ctx.Err() == nil {
+			// A file came out wrong over there: what we believe of the target is not true,
+			// or a file here is not what was listed. Whole files, checked as they are read, tell.
+			careful = true
+			p.Log.Warn("sending whole files", "repository", o.Repository, "target", o.Target, "err", err)
+			if err := p.bases.Forget(t.Name(), pic.repository.Name); err != nil {
+				return err
+			}
+			err = p.once(ctx, t, pic, l, careful, o, lane)
+		}
 		switch {
 		case errors.As(err, &changed):
 			again = true
@@ -262,20 +283,28 @@ func (p *Push) offerUntilDone(ctx context.Context, t target.Target, pic *picture
 			// more: the next offer tells.
 			recommitted = true
 			p.Log.Warn("offering again", "repository", o.Repository, "target", o.Target, "err", err)
-			err = p.once(ctx, t, pic, l, o, lane)
+			err = p.once(ctx, t, pic, l, careful, o, lane)
 		}
 		return err
 	})
 	return again, err
 }
 
+// uploadError is one that the target gave during an upload.
+type uploadError struct{ err error }
+
+func (e *uploadError) Error() string { return e.err.Error() }
+func (e *uploadError) Unwrap() error { return e.err }
+
 type commitError struct{ err error }
 
 func (e *commitError) Error() string { return e.err.Error() }
 func (e *commitError) Unwrap() error { return e.err }
 
-// once is one attempt at the transaction.
-func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list, o *Outcome, lane *progress.Lane) error {
+// once is one attempt at the transaction. A careful one sends whole files, and
+// compares each with the list as it is read: what is not frozen may change, and
+// what is frozen gives no reason to.
+func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list, careful bool, o *Outcome, lane *progress.Lane) error {
 	if err := t.Wake(ctx); err != nil {
 		return err
 	}
@@ -297,7 +326,7 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 		p.Log.Warn("files of the newest generation went bad on the target's disk: sending them again", "repository", r.Name, "target", t.Name(), "files", answer.Needed.Len())
 	}
 	if answer.Needed.Len() > 0 {
-		if err := p.upload(ctx, t, pic, l, answer, o, lane); err != nil {
+		if err := p.upload(ctx, t, pic, l, answer, careful, o, lane); err != nil {
 			return err
 		}
 	}
@@ -325,25 +354,81 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	return nil
 }
 
-func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *list, answer target.Answer, o *Outcome, lane *progress.Lane) error {
+func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *list, answer target.Answer, careful bool, o *Outcome, lane *progress.Lane) error {
 	lane.Begin(pic.repository.Name, answer.NeedBytes)
 	defer lane.End()
-	root := pic.repository.Path
-	if pic.frozen != nil {
-		root = pic.frozen.Root
+	dir, err := os.OpenRoot(pic.root())
+	if err != nil {
+		return err
 	}
-	sent := func(n int64) {
-		o.Bytes += n
-		lane.Add(n)
+	defer dir.Close()
+	u := &upload{
+		ctx: ctx, dir: dir, list: l, set: answer.Needed, resume: answer.Resume, careful: careful,
+		sent:   func(n int64) { o.Bytes += n; lane.Add(n) },
+		copied: func(n int64) { o.Copied += n; lane.Add(n) },
+	}
+	if !careful {
+		if u.plan, err = p.plan(ctx, t, pic, answer, u); err != nil {
+			return err
+		}
 	}
 	got, err := t.Upload(ctx, answer.Push, func(w io.Writer) error {
 		if p.Rate != nil && p.Rate(t.Name()) > 0 {
 			w = &limited{ctx, w, &limit{rate: p.Rate(t.Name()), now: p.Now, wait: sleep, due: p.Now()}}
 		}
-		return upload(ctx, w, root, l, needed{answer.Needed, answer.Resume}, sent)
+		return u.write(w)
 	})
 	o.Files += got.Files
-	return err
+	if err != nil {
+		return &uploadError{err}
+	}
+	return nil
+}
+
+// plan finds out what of the needed files the target has already, as far as we
+// remember what its newest generation holds; nil: nothing, or not known.
+func (p *Push) plan(ctx context.Context, t target.Target, pic *picture, answer target.Answer, u *upload) (*base.Plan, error) {
+	var digest manifest.Sum
+	if answer.BaseDigest == "" {
+		return nil, nil
+	}
+	if err := digest.UnmarshalText([]byte(answer.BaseDigest)); err != nil {
+		return nil, fmt.Errorf("offer %s: the digest of the base: %w", pic.repository.Name, err)
+	}
+	plan, err := p.bases.Plan(ctx, t.Name(), pic.repository.Name, digest, func(each func(manifest.Entry) error) error {
+		return u.needed(func(_ int64, e manifest.Entry) error { return each(e) })
+	}, u.open)
+	if err != nil && ctx.Err() == nil {
+		p.Log.Warn("sending whole files", "repository", pic.repository.Name, "target", t.Name(), "err", err)
+		return nil, nil
+	}
+	return plan, err
+}
+
+// remember notes what the target holds now. Without it the next push sends more.
+func (p *Push) remember(ctx context.Context, t target.Target, pic *picture, l *list, lane *progress.Lane) {
+	if pic.repository.Kind != pushwire.KindBorg1 {
+		return
+	}
+	lane.Begin("noting "+pic.repository.Name, 0)
+	defer lane.End()
+	err := func() error {
+		dir, err := os.OpenRoot(pic.root())
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		in, err := l.open()
+		if err != nil {
+			return err
+		}
+		defer in.Close()
+		u := &upload{dir: dir}
+		return p.bases.Remember(ctx, t.Name(), pic.repository.Name, l.Digest, in, u.open)
+	}()
+	if err != nil {
+		p.Log.Warn("the next push may send more than it has to", "err", err)
+	}
 }
 
 // retry repeats attempt while its errors are temporary, with jittered pauses,
