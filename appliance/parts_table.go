@@ -3,9 +3,11 @@ package main
 import (
 	"net"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"farkeep/appliance/confine"
+	"farkeep/appliance/consent"
 	"farkeep/appliance/deadman"
 	"farkeep/appliance/disk"
 	"farkeep/appliance/keeper"
@@ -34,6 +36,7 @@ func parts() []partEntry {
 			brief: func(s *settings.Appliance) any {
 				return disk.Brief{Disk: s.Disk, Identity: s.Identity.ClientKey, KeyServers: s.KeyServers}
 			},
+			ports: keyServerPorts, // for its children
 		},
 		{
 			name: part.Keeper, required: true, run: keeper.Run, profile: keeperProfile,
@@ -41,6 +44,9 @@ func parts() []partEntry {
 		},
 		{
 			name: part.Unlock, child: true, run: unlock.Run, profile: unlockProfile,
+		},
+		{
+			name: part.Consent, child: true, run: consent.Run, profile: consentProfile,
 		},
 		{
 			name: part.Receiver, required: true, run: receiver.Run, profile: receiverProfile,
@@ -133,16 +139,8 @@ func mailBrief(s *settings.Appliance) any {
 }
 
 func mailPorts(s *settings.Appliance) []uint16 {
-	ports := []uint16{53} // answers of name servers that are too long for UDP
-	_, text, err := net.SplitHostPort(s.Mail.Server)
-	if err != nil {
-		return ports
-	}
-	// The settings were validated: this is host:port.
-	if port, err := strconv.ParseUint(text, 10, 16); err == nil {
-		ports = append(ports, uint16(port))
-	}
-	return ports
+	// 53: answers of name servers that are too long for UDP.
+	return append([]uint16{53}, portOf(s.Mail.Server)...)
 }
 
 // unlockProfile: a child of disk, with less than disk has. It reads the disk,
@@ -154,6 +152,38 @@ func unlockProfile(h part.Header) confine.Profile {
 		Read:    []string{"/proc", "/sys", "/etc", h.Paths.Run},
 		Devices: []string{"/dev"},
 	}
+}
+
+// consentProfile: a child of disk that asks key servers and does nothing else.
+// It is root by birth and has no capability.
+func consentProfile(h part.Header) confine.Profile {
+	return confine.Profile{
+		Network: confine.TCPPorts,
+		Connect: append([]uint16{53}, h.Ports...), // answers of name servers that are too long for UDP
+		Read:    []string{"/etc"},
+	}
+}
+
+func keyServerPorts(s *settings.Appliance) []uint16 {
+	var ports []uint16
+	for _, k := range s.KeyServers {
+		ports = append(ports, portOf(k.Address)...)
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
+
+// portOf is the port of an address host:port, as the settings have them.
+func portOf(address string) []uint16 {
+	_, text, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil
+	}
+	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil {
+		return nil
+	}
+	return []uint16{uint16(port)}
 }
 
 func receiverProfile(h part.Header) confine.Profile {

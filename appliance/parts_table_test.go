@@ -33,6 +33,9 @@ func profilesOf(t *testing.T, paths part.Paths, firmware bool) map[string]confin
 	got := map[string]confine.Profile{}
 	for _, p := range partsOfTheProduct() {
 		h := part.Header{Name: p.name, Paths: paths, Firmware: firmware}
+		if p.name == part.Consent {
+			h.Ports = keyServerPorts(s) // as its parent has them
+		}
 		if p.ports != nil {
 			h.Ports = p.ports(s)
 		}
@@ -87,6 +90,10 @@ func TestConfinementTable(t *testing.T) {
 					Read:    []string{"/proc", "/sys", "/etc", m.run},
 					Devices: []string{"/dev"},
 				},
+				"consent": {
+					UID: 0, Network: confine.TCPPorts, Connect: []uint16{53, 2222},
+					Read: []string{"/etc"},
+				},
 				"receiver": {
 					UID: 903, Caps: []uintptr{unix.CAP_NET_BIND_SERVICE}, Network: confine.TCPPorts, Bind: []uint16{22},
 					Read:  []string{m.run, m.media, m.state + "/log", "/proc/sys/net/core"},
@@ -121,13 +128,13 @@ func reaches(folder, path string) bool {
 func TestConfinementRules(t *testing.T) {
 	for mode, paths := range map[string]part.Paths{"firmware": part.FirmwarePaths(), "service": part.ServicePaths()} {
 		profiles := profilesOf(t, paths, mode == "firmware")
-		root := []string{part.Disk, part.Unlock}
+		root := []string{part.Disk, part.Unlock, part.Consent}
 		users := map[uint32]string{}
 		for name, p := range profiles {
 			fail := func(what string) { t.Errorf("%s, %s: %s", mode, name, what) }
 			isRoot := slices.Contains(root, name)
 			if (p.UID == 0) != isRoot {
-				fail("only the parts that mount and map are root")
+				fail("only the parts that mount and map, and their children, are root")
 			}
 			if other, taken := users[p.UID]; taken && !isRoot {
 				fail("shares its user with " + other)
@@ -138,6 +145,9 @@ func TestConfinementRules(t *testing.T) {
 			}
 			if name != part.Disk && (p.Mounts || p.Exec) {
 				fail("only the disk part mounts, and only it starts programs")
+			}
+			if name == part.Consent && (len(p.Caps) > 0 || len(p.Write) > 0) {
+				fail("it asks, and does nothing")
 			}
 			if name != part.Network && p.Clock {
 				fail("only the network part sets the clock")
@@ -178,7 +188,7 @@ func TestConfinementRules(t *testing.T) {
 				}
 			}
 		}
-		if got, want := slices.Sorted(maps.Keys(profiles)), []string{"deadman", "disk", "keeper", "mail", "network", "receiver", "unlock"}; !slices.Equal(got, want) {
+		if got, want := slices.Sorted(maps.Keys(profiles)), []string{"consent", "deadman", "disk", "keeper", "mail", "network", "receiver", "unlock"}; !slices.Equal(got, want) {
 			t.Errorf("%s: the parts are %v, want %v", mode, got, want)
 		}
 		if got, want := profiles[part.Receiver].Write, []string{paths.RunDir(part.Receiver)}; !slices.Equal(got, want) {

@@ -20,6 +20,11 @@
 // for a while), and not after "sleep" (until the next window or "wake"). The
 // window is judged only by a clock that is set.
 //
+// An open disk lives by a lease: the key servers are asked for their consent
+// again and again. When one refuses, or none consents in time, the disk is
+// closed in order, whoever uses it, and stays dark until consent is back: after a
+// refusal that of the very server that refused, also over restarts. See lease.go.
+//
 // A disk that fails while it is open fails closed: the file system is shut down
 // without another write, the mapping removed, the power cut; then it is opened
 // again, with a full check of the file system. A part that was killed finds the
@@ -40,9 +45,12 @@ import (
 	"sync"
 	"time"
 
+	"farkeep/appliance/consent"
 	"farkeep/appliance/relay"
 	"farkeep/appliance/status"
+	"farkeep/appliance/tokens"
 	"farkeep/appliance/unlock"
+	"farkeep/shared/keywire"
 	"farkeep/shared/settings"
 
 	"github.com/cenkalti/backoff/v5"
@@ -109,8 +117,11 @@ type System interface {
 	Present(dev Device) bool
 	// Mapping returns the node of our mapping; "" if there is none.
 	Mapping() (node string, err error)
-	// Unlock makes the mapping.
-	Unlock(ctx context.Context, dev Device) (unlock.Result, error)
+	// Unlock makes the mapping. tokens are what the key servers are shown; refused
+	// those that have to grant, if any.
+	Unlock(ctx context.Context, dev Device, tokens map[string]keywire.Token, refused []string) (unlock.Result, error)
+	// Consent asks the key servers once.
+	Consent(ctx context.Context, r consent.Round) (consent.Result, error)
 	// Check repairs what e2fsck repairs unasked; full looks at everything, even
 	// if the file system says that it is clean.
 	Check(ctx context.Context, node string, full bool) error
@@ -160,6 +171,12 @@ type Config struct {
 	System     System
 	Neighbours Neighbours
 	Memory     Memory
+	// Servers are the key servers' names by host key, Book what is remembered of them.
+	Servers map[string]string
+	Book    *tokens.Book
+	// Boottime is CLOCK_BOOTTIME. Leases go by it: suspension counts, and whoever
+	// sets the clock wins nothing.
+	Boottime func() time.Duration
 	// ClockSet says whether the wall clock can be believed.
 	ClockSet func() bool
 	// VPNUp says whether key servers can be reached. When they can again, an
@@ -175,9 +192,11 @@ type Config struct {
 
 // Disk is the state machine.
 type Disk struct {
-	cfg   Config
-	relay relay.Switch // set before the first transition
-	poke  chan struct{}
+	cfg    Config
+	relay  relay.Switch // set before the first transition
+	poke   chan struct{}
+	askNow chan struct{} // makes watch look again at once
+	asking chan struct{} // held while key servers are asked: they never see two tokens in the wrong order
 
 	mu         sync.Mutex // guards the fields below
 	now        status.Disk
@@ -195,16 +214,19 @@ type Disk struct {
 	stopping   bool
 	bound      time.Time          // until when the step under way may take; zero between steps
 	cancelOpen context.CancelFunc // calls off the opening under way
+	lease
 }
 
 // New makes a state machine; Run runs it.
 func New(cfg Config) *Disk {
 	b := cfg.Before
-	return &Disk{cfg: cfg, poke: make(chan struct{}, 1), now: status.Disk{
+	d := &Disk{cfg: cfg, poke: make(chan struct{}, 1), askNow: make(chan struct{}, 1), asking: make(chan struct{}, 1), now: status.Disk{
 		State: status.DiskOff, Since: time.Now(),
 		Error: b.Error, ErrorKind: b.ErrorKind, FailingSince: b.FailingSince,
 		HeaderDigest: b.HeaderDigest, TotalBytes: b.TotalBytes, FreeBytes: b.FreeBytes,
 	}}
+	d.recall(b)
+	return d
 }
 
 // failure is an error with its kind.
@@ -233,6 +255,10 @@ func (d *Disk) Run(ctx context.Context) error {
 	})()
 	done := make(chan error, 1)
 	go func() { done <- d.drive(ctx) }()
+	watching, stopWatch := context.WithCancel(ctx)
+	watched := make(chan struct{})
+	go func() { defer close(watched); d.watch(watching) }()
+	defer func() { stopWatch(); <-watched }()
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
 	for reported := time.Now(); ; {
@@ -245,6 +271,7 @@ func (d *Disk) Run(ctx context.Context) error {
 		// A step that is past its own bound is a hang of ours: the supervisor
 		// may start this part anew.
 		overdue := !d.bound.IsZero() && time.Since(d.bound) > stepTimeout
+		d.expireLocked()
 		if d.cancelOpen != nil && !d.wantedLocked(time.Now()) {
 			d.cancelOpen()
 		}

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -14,12 +16,15 @@ import (
 	"testing/synctest"
 	"time"
 
+	"farkeep/appliance/consent"
 	"farkeep/appliance/keepercall"
 	"farkeep/appliance/localcall"
 	"farkeep/appliance/part"
 	"farkeep/appliance/relay"
 	"farkeep/appliance/status"
+	"farkeep/appliance/tokens"
 	"farkeep/appliance/unlock"
+	"farkeep/shared/keywire"
 	"farkeep/shared/settings"
 
 	"golang.org/x/sys/unix"
@@ -55,6 +60,71 @@ type machine struct {
 	before                 status.Disk
 	unmapLater             int
 	relayErr               error
+
+	servers map[string]*keyServer // by host key; nil: one that always agrees
+	book    *tokens.Book
+	skew    time.Duration // of CLOCK_BOOTTIME: the machine was suspended for so long
+	shown   []keywire.Token
+	rounds  []consent.Round
+}
+
+// keyServer is one key server, as the answers that it gives.
+type keyServer struct {
+	refuses, silent bool
+	lease, renew    time.Duration
+	delay           time.Duration
+	issues          keywire.Token // with the next key
+	told            int           // how often it heard that the disk is dark
+	asked           int
+}
+
+func (m *machine) boottime() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.boottimeLocked()
+}
+
+// boottimeLocked goes on whatever else does: time starts in 2000 in a bubble.
+func (m *machine) boottimeLocked() time.Duration {
+	return time.Since(time.Date(1999, 12, 31, 23, 0, 0, 0, time.UTC)) + m.skew
+}
+
+func (m *machine) Consent(ctx context.Context, r consent.Round) (consent.Result, error) {
+	m.mu.Lock()
+	m.rounds = append(m.rounds, r)
+	sent := m.boottimeLocked()
+	var wait time.Duration
+	var got consent.Result
+	for _, id := range slices.Sorted(maps.Keys(m.servers)) {
+		s := m.servers[id]
+		s.asked++
+		wait = max(wait, s.delay)
+		a := consent.Answer{Server: "name of " + id, ID: id}
+		switch {
+		case s.silent:
+			a.Error = "connection refused"
+			wait = max(wait, 8*time.Second)
+		case s.refuses:
+			a.Refused, a.Error = true, "refused"
+		default:
+			a.Granted = true
+			if r.Open {
+				a.Until, a.Renew = sent+s.lease, sent+s.renew
+			}
+		}
+		if slices.Contains(r.Dark, id) && !s.silent {
+			a.Told = true
+			s.told++
+		}
+		got.Answers = append(got.Answers, a)
+	}
+	m.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		return consent.Result{}, ctx.Err()
+	case <-time.After(wait):
+		return got, nil
+	}
 }
 
 func (m *machine) note(format string, args ...any) {
@@ -141,10 +211,13 @@ func (m *machine) Mapping() (string, error) {
 	return "", nil
 }
 
-func (m *machine) Unlock(ctx context.Context, dev Device) (unlock.Result, error) {
+func (m *machine) Unlock(ctx context.Context, dev Device, shown map[string]keywire.Token, refused []string) (unlock.Result, error) {
 	m.mu.Lock()
 	delay := m.unlockDelay
 	m.note("unlock")
+	for _, id := range slices.Sorted(maps.Keys(shown)) {
+		m.shown = append(m.shown, shown[id])
+	}
 	m.mu.Unlock()
 	select {
 	case <-ctx.Done():
@@ -156,8 +229,28 @@ func (m *machine) Unlock(ctx context.Context, dev Device) (unlock.Result, error)
 	if m.mapped {
 		return unlock.Result{ErrorKind: status.ErrorHung, Error: "there is a mapping already"}, nil
 	}
-	m.mapped = m.unlockResult.OK
-	return m.unlockResult, m.unlockErr
+	r := m.unlockResult
+	// Those that refused last have to grant; otherwise the first that agrees does.
+	for _, id := range slices.Sorted(maps.Keys(m.servers)) {
+		s := m.servers[id]
+		if s.silent || s.refuses {
+			if slices.Contains(refused, id) {
+				r = unlock.Result{ErrorKind: status.ErrorRefused, Error: id + " refuses"}
+			}
+			continue
+		}
+		if slices.Contains(refused, id) {
+			r.Granted = append(r.Granted, id)
+		}
+		if s.issues != "" {
+			if r.Tokens == nil {
+				r.Tokens = tokens.Fresh{}
+			}
+			r.Tokens[id] = s.issues
+		}
+	}
+	m.mapped = r.OK
+	return r, m.unlockErr
 }
 
 func (m *machine) NeedsCheck(string, time.Time) (Care, string, error) {
@@ -317,7 +410,21 @@ func run(t *testing.T, m *machine, w settings.Window, body func(t *testing.T, d 
 		if !m.unlockResult.OK && m.unlockResult.ErrorKind == "" {
 			m.unlockResult = unlock.Result{OK: true, Minor: 7, HeaderDigest: "d1", Server: "home"}
 		}
+		if m.servers == nil {
+			m.servers = map[string]*keyServer{"a": {lease: 24 * time.Hour, renew: 5 * time.Minute}}
+		}
+		names := map[string]string{}
+		for id := range m.servers {
+			names[id] = "name of " + id
+		}
+		if m.book == nil {
+			var err error
+			if m.book, err = tokens.Open(filepath.Join(t.TempDir(), "key-servers.json"), slices.Collect(maps.Keys(names))); err != nil {
+				t.Fatal(err)
+			}
+		}
 		d := New(Config{
+			Servers: names, Book: m.book, Boottime: m.boottime,
 			UUID: "b64e6fbb-11a0-42e1-b7f1-32adde77f805", Window: w, IdleClose: 15 * time.Minute,
 			OpenRelay: func(on bool) (relay.Switch, error) {
 				m.set(func() {

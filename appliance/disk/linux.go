@@ -17,11 +17,13 @@ import (
 	"time"
 	"unsafe"
 
+	"farkeep/appliance/consent"
 	"farkeep/appliance/part"
 	"farkeep/appliance/scrub"
 	"farkeep/appliance/spawn"
 	"farkeep/appliance/status"
 	"farkeep/appliance/unlock"
+	"farkeep/shared/keywire"
 	"farkeep/shared/luksheader"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
@@ -125,15 +127,24 @@ func (l *linux) Mapping() (string, error) {
 	return fmt.Sprintf("/dev/dm-%d", unix.Minor(info.DevNo)), nil
 }
 
-func (l *linux) Unlock(ctx context.Context, dev Device) (unlock.Result, error) {
+func (l *linux) Unlock(ctx context.Context, dev Device, tokens map[string]keywire.Token, refused []string) (unlock.Result, error) {
 	var r unlock.Result
 	err := spawn.Run(ctx, l.env, part.Unlock, unlock.Brief{
 		Identity: l.identity, KeyServers: l.keyServers, UUID: l.uuid, Device: dev.Node, Mapping: mappingName,
+		Tokens: tokens, Refused: refused, Claims: consent.Machine(l.log),
 	}, &r)
 	if err != nil {
 		return unlock.Result{}, &failure{ErrorUnlock, err}
 	}
 	return r, nil
+}
+
+func (l *linux) Consent(ctx context.Context, r consent.Round) (consent.Result, error) {
+	m := consent.Machine(l.log)
+	r.Claims.Boot, r.Claims.Serial, r.Claims.Up = m.Boot, m.Serial, m.Up
+	var got consent.Result
+	err := spawn.Run(ctx, l.env, part.Consent, consent.Brief{Identity: l.identity, KeyServers: l.keyServers, Round: r}, &got)
+	return got, err
 }
 
 func (l *linux) NeedsCheck(node string, now time.Time) (Care, string, error) {

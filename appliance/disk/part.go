@@ -5,15 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
+	"farkeep/appliance/consent"
 	"farkeep/appliance/keepercall"
+	"farkeep/appliance/keysource"
 	"farkeep/appliance/localcall"
 	"farkeep/appliance/part"
 	"farkeep/appliance/relay"
 	"farkeep/appliance/status"
+	"farkeep/appliance/tokens"
 	"farkeep/shared/atomicfile"
 	"farkeep/shared/hint"
 	"farkeep/shared/secret"
@@ -51,8 +56,20 @@ func Run(ctx context.Context, env *part.Env) error {
 	} else if s != nil {
 		before = *s
 	}
+	servers, err := keysource.Names(brief.KeyServers)
+	if err != nil {
+		return err
+	}
+	book, err := tokens.Open(filepath.Join(env.Paths.StateDir(part.Disk), "key-servers.json"), slices.Collect(maps.Keys(servers)))
+	if err != nil {
+		// Without tokens the key servers will hold the next request, and tell a person.
+		env.Log.Error("starting without what was remembered", "err", err)
+	}
 	d := New(Config{
 		Before:    before,
+		Servers:   servers,
+		Book:      book,
+		Boottime:  consent.Boottime,
 		UUID:      brief.Disk.LUKS,
 		Window:    brief.Disk.Window,
 		IdleClose: brief.Disk.IdleClose.Std(),

@@ -10,7 +10,9 @@ import (
 	"strings"
 	"time"
 
+	"farkeep/appliance/consent"
 	"farkeep/appliance/unlock"
+	"farkeep/shared/keywire"
 )
 
 // system is what the part works on in builds that are tortured on a machine
@@ -56,8 +58,14 @@ func (p *plain) Mapping() (string, error) {
 	return "in the clear", nil
 }
 
-func (p *plain) Unlock(context.Context, Device) (unlock.Result, error) {
+func (p *plain) Unlock(context.Context, Device, map[string]keywire.Token, []string) (unlock.Result, error) {
 	return unlock.Result{OK: true, HeaderDigest: "in the clear", Server: "nobody"}, nil
+}
+
+// Consent: nobody guards a disk in the clear.
+func (p *plain) Consent(context.Context, consent.Round) (consent.Result, error) {
+	now := consent.Boottime()
+	return consent.Result{Answers: []consent.Answer{{Server: "nobody", Granted: true, Until: now + 24*time.Hour, Renew: now + time.Hour}}}, nil
 }
 
 func (p *plain) NeedsCheck(_ string, now time.Time) (Care, string, error) {

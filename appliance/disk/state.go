@@ -52,6 +52,7 @@ func (d *Disk) fail(err error) {
 
 // succeed clears the error; a damaged header stays one.
 func succeed(s *status.Disk, damage string) {
+	s.Dark = ""
 	if damage == "" {
 		s.Error, s.ErrorKind, s.FailingSince = "", "", time.Time{}
 		return
@@ -96,6 +97,7 @@ func (d *Disk) snapshotLocked() status.Disk {
 	}
 	// The clock may have been set since: what counts is how long ago it was.
 	s.Since, s.FailingSince = restate(s.Since), restate(s.FailingSince)
+	d.describeLease(&s)
 	s.Updated = time.Now()
 	return s
 }

@@ -39,6 +39,7 @@ func (d *Disk) adopt() error {
 	d.mu.Lock()
 	d.relay, d.device, d.node = sw, dev, node
 	d.lastUse = time.Now()
+	d.adoptLeaseLocked()
 	d.mu.Unlock()
 	state := status.DiskOff
 	switch {
@@ -138,19 +139,30 @@ func (d *Disk) power(ctx context.Context) (Device, error) {
 }
 
 func (d *Disk) unlock(ctx context.Context, dev Device) (node string, err error) {
+	letGo, err := d.askAlone(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer letGo()
 	var r unlock.Result
+	sent := d.cfg.Boottime()
 	err = d.bounded(unlockTimeout+stepTimeout, "unlock", func() (err error) {
 		ctx, cancel := context.WithTimeout(ctx, unlockTimeout)
 		defer cancel()
-		r, err = d.cfg.System.Unlock(ctx, dev)
+		r, err = d.cfg.System.Unlock(ctx, dev, d.cfg.Book.Tokens(), d.cfg.Book.Refusing())
 		return err
 	})
 	if err != nil {
 		return "", err
 	}
+	// Before anything else, and also where the disk did not open: what a server
+	// gave it expects to see again.
+	if err := d.cfg.Book.Keep(r.Tokens, r.Granted, r.OK); err != nil {
+		d.cfg.Log.Error("the key servers' tokens are not kept: the ones before are shown again", "err", err)
+	}
 	d.mu.Lock()
 	if r.HeaderDigest != "" {
-		d.now.HeaderDigest, d.damage = r.HeaderDigest, r.HeaderDamage
+		d.now.HeaderDigest, d.damage, d.slots = r.HeaderDigest, r.HeaderDamage, r.Slots
 	}
 	d.mu.Unlock()
 	if !r.OK {
@@ -163,7 +175,9 @@ func (d *Disk) unlock(ctx context.Context, dev Device) (node string, err error) 
 	node = fmt.Sprintf("/dev/dm-%d", r.Minor)
 	d.mu.Lock()
 	d.node = node
+	d.grantLocked(r.Server, sent+firstLease, 0)
 	d.mu.Unlock()
+	poke(d.askNow) // the first lease at once: it also shows the new token
 	d.enter(status.DiskUnlocked, func(s *status.Disk) { s.Unlocked = true })
 	d.cfg.Log.Info("the disk is unlocked", "device", dev.Name, "key_from", r.Server, "header", r.HeaderDigest)
 	return node, nil

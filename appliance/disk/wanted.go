@@ -41,7 +41,7 @@ func (d *Disk) wanted() bool {
 
 // wantedLocked decides whether the disk should be open. d.mu is held.
 func (d *Disk) wantedLocked(now time.Time) bool {
-	if d.stopping {
+	if d.stopping || d.barred != "" {
 		return false
 	}
 	start, in := d.inWindow(now)
@@ -70,8 +70,12 @@ func (d *Disk) Wake() status.Disk {
 	if !d.now.Mounted {
 		d.wakeUntil = now.Add(max(wakePatience, d.cfg.IdleClose))
 	}
+	if d.barred != "" {
+		d.askAt = 0 // whoever wakes it may just have allowed it again
+	}
 	s := d.snapshotLocked()
 	d.mu.Unlock()
+	poke(d.askNow)
 	d.cfg.Log.Info("the disk was woken", "state", s.State)
 	d.wake()
 	return s
@@ -96,7 +100,7 @@ func (d *Disk) Hold() (release func(), ok bool) {
 	defer d.mu.Unlock()
 	// A disk that is about to close takes nobody in: wanted and mounted are
 	// judged together, so that a session is either counted or refused.
-	if !d.now.Mounted || d.now.State == status.DiskClosing || d.asleep || d.stopping {
+	if !d.now.Mounted || d.now.State == status.DiskClosing || d.asleep || d.stopping || d.barred != "" {
 		return nil, false
 	}
 	d.holds++
@@ -115,9 +119,11 @@ func (d *Disk) Hold() (release func(), ok bool) {
 }
 
 // wake makes the driver look again at once.
-func (d *Disk) wake() {
+func (d *Disk) wake() { poke(d.poke) }
+
+func poke(c chan struct{}) {
 	select {
-	case d.poke <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

@@ -34,22 +34,35 @@ type fake struct {
 	delay time.Duration
 	key   string
 	err   error
+	late  bool // the answer was under way when it was called off
+	token keywire.Token
 	given secret.Bytes
+	asked keywire.Request
 }
 
 func (f *fake) String() string { return f.name }
 
-func (f *fake) Key(ctx context.Context, _ string) (secret.Bytes, error) {
+func (f *fake) ID() string { return "id of " + f.name }
+
+func (f *fake) Key(ctx context.Context, r keywire.Request) (keysource.Grant, error) {
+	f.asked = r
 	select {
 	case <-ctx.Done():
-		return secret.Bytes{}, ctx.Err()
+		if !f.late {
+			return keysource.Grant{}, ctx.Err()
+		}
 	case <-time.After(f.delay):
 	}
 	if f.err != nil {
-		return secret.Bytes{}, f.err
+		return keysource.Grant{}, f.err
 	}
 	f.given = secret.New([]byte(f.key))
-	return f.given, nil
+	return keysource.Grant{Key: f.given, Token: f.token}, nil
+}
+
+// request is what Find asks a source: each has a token of its own.
+func request(s keysource.Source) keywire.Request {
+	return keywire.Request{Verb: keywire.Key, UUID: uuid, Token: keywire.Token("old-" + strings.ReplaceAll(s.ID(), " ", "-"))}
 }
 
 func TestFind(t *testing.T) {
@@ -76,7 +89,7 @@ func TestFind(t *testing.T) {
 		{"one refuses, one is down", []*fake{{name: "a", err: refused}, {name: "b", err: down}}, nil, "", keysource.ErrRefused, 0},
 		{"one lies, one refuses", []*fake{{name: "a", key: "wrong"}, {name: "b", err: refused}}, nil, "", keysource.ErrWrongKey, 0},
 		{"none", nil, nil, "", keysource.ErrUnreachable, 0},
-		{"disk broken", []*fake{{name: "a", key: "right"}, {name: "b", key: "right"}}, broken, "a", broken, 0},
+		{"disk broken", []*fake{{name: "a", key: "right"}, {name: "b", key: "right"}}, broken, "", broken, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -85,12 +98,15 @@ func TestFind(t *testing.T) {
 					sources = append(sources, f)
 				}
 				begin := time.Now()
-				got, err := keysource.Find(t.Context(), logger(t), sources, keysource.Stagger, uuid, func(s keysource.Source, key secret.Bytes) (bool, error) {
-					return string(key.Reveal()) == "right", tc.accept
+				got, err := keysource.Find(t.Context(), logger(t), sources, keysource.Stagger, request, func(_ keysource.Source, key secret.Bytes) error {
+					if tc.accept == nil && string(key.Reveal()) != "right" {
+						return keysource.ErrWrongKey
+					}
+					return tc.accept
 				})
 				name := ""
-				if got != nil {
-					name = got.String()
+				if got.From != nil {
+					name = got.From.String()
 				}
 				if name != tc.want || !errors.Is(err, tc.err) {
 					t.Errorf("got %q, %v; want %q, %v", name, err, tc.want, tc.err)
@@ -112,7 +128,7 @@ func TestFindCancelled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		_, err := keysource.Find(ctx, logger(t), []keysource.Source{&fake{name: "a", delay: time.Hour}}, keysource.Stagger, uuid, nil)
+		_, err := keysource.Find(ctx, logger(t), []keysource.Source{&fake{name: "a", delay: time.Hour}}, keysource.Stagger, request, nil)
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v", err)
 		}
@@ -216,7 +232,8 @@ func TestServer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return src.Key(t.Context(), uuid)
+		g, err := src.Key(t.Context(), keywire.Request{Verb: keywire.Key, UUID: uuid})
+		return g.Key, err
 	}
 	askNew := func(t *testing.T, h sshverb.Handler) (secret.Bytes, error) {
 		t.Helper()
@@ -294,7 +311,7 @@ func TestServer(t *testing.T) {
 		defer cancel()
 		go func() { <-asked; cancel() }() // another server was faster
 		begin := time.Now()
-		if _, err := src.Key(ctx, uuid); err == nil {
+		if _, err := src.Key(ctx, keywire.Request{Verb: keywire.Key, UUID: uuid}); err == nil {
 			t.Error("a key from nowhere")
 		}
 		if took := time.Since(begin); took > keysource.Answer/4 {

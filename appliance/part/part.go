@@ -57,6 +57,7 @@ const (
 	Network  = "network"
 	Disk     = "disk"
 	Unlock   = "unlock"
+	Consent  = "consent"
 	Keeper   = "keeper"
 	Receiver = "receiver"
 	Deadman  = "deadman"

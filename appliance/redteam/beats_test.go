@@ -287,7 +287,8 @@ func (w *world) ask(k settings.KeyServer, limit time.Duration) (secret.Bytes, er
 	}
 	ctx, cancel := context.WithTimeout(w.Context(), limit)
 	defer cancel()
-	return s.Key(ctx, "01234567-89ab-cdef-0123-456789abcdef")
+	g, err := s.Key(ctx, keywire.Request{Verb: keywire.Key, UUID: "01234567-89ab-cdef-0123-456789abcdef"})
+	return g.Key, err
 }
 
 func keyServerAttacks() []attack {
@@ -348,8 +349,11 @@ func keyServerAttacks() []attack {
 				return err
 			}
 			asked := 0
-			_, err = keysource.Find(w.Context(), slog.New(slog.DiscardHandler), []keysource.Source{source, source}, time.Millisecond, "01234567-89ab-cdef-0123-456789abcdef",
-				func(keysource.Source, secret.Bytes) (bool, error) { asked++; return false, nil })
+			_, err = keysource.Find(w.Context(), slog.New(slog.DiscardHandler), []keysource.Source{source, source}, time.Millisecond,
+				func(keysource.Source) keywire.Request {
+					return keywire.Request{Verb: keywire.Key, UUID: "01234567-89ab-cdef-0123-456789abcdef"}
+				},
+				func(keysource.Source, secret.Bytes) error { asked++; return keysource.ErrWrongKey })
 			if !errors.Is(err, keysource.ErrWrongKey) || asked != 2 {
 				return fmt.Errorf("%d servers were asked: %w", asked, err)
 			}

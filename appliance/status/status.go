@@ -77,7 +77,23 @@ const (
 	ErrorBadHeader   = "bad-header"
 	ErrorFileSystem  = "fsck"
 	ErrorHung        = "hung"
+	// The disk was closed for lack of consent and stays dark: see Disk.Dark.
+	ErrorLeaseRefused = "lease-refused"
+	ErrorLeaseExpired = "lease-expired"
 )
+
+// Why a disk that was open, or would be, is kept dark.
+const (
+	DarkRefused = "refused" // a key server refuses
+	DarkExpired = "expired" // none renewed the lease in time
+)
+
+// Refusal is a key server that refuses. Until it grants again no other server's
+// key opens the disk.
+type Refusal struct {
+	Server string
+	Since  time.Time
+}
 
 // Disk is the disk part's status.
 type Disk struct {
@@ -94,7 +110,16 @@ type Disk struct {
 	FreeBytes       int64
 	HeaderDigest    string
 	Sessions        int
-	Updated         time.Time
+	// LeaseUntil is when the disk will be closed if no key server renews the lease,
+	// and LeaseServer the one that renewed it last; zero while it is not unlocked.
+	LeaseUntil  time.Time
+	LeaseServer string
+	// LeaseEnds is LeaseUntil by CLOCK_BOOTTIME: for a later run of the disk part.
+	LeaseEnds time.Duration
+	// Dark is "" or why the disk is kept dark; "" again when it was opened.
+	Dark    string
+	Refused []Refusal // by the names of the servers
+	Updated time.Time
 }
 
 // Bounds of the lists in Keeper, in entries, and of each of their texts, in

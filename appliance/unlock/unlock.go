@@ -22,14 +22,18 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
+	"strings"
 
 	"farkeep/appliance/keysource"
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
+	"farkeep/appliance/tokens"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
+	"farkeep/shared/keywire"
 	"farkeep/shared/luksheader"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
@@ -46,18 +50,30 @@ type Brief struct {
 	UUID       string // of the LUKS header that the disk must have
 	Device     string // its node
 	Mapping    string // the name under which the opened disk appears
+	// Tokens are what the servers gave with the last key, by host key.
+	Tokens map[string]keywire.Token
+	// Refused are the servers, by host key, that refused last. While there is one
+	// only they are asked, and the disk opens when each of them has given a key.
+	Refused []string
+	Claims  keywire.Claims // what this part adds are those about the header
 }
 
-// Result is how the attempt ended; it holds no secret.
+// Result is how the attempt ended; of secrets it holds tokens alone, which do
+// not print.
 type Result struct {
 	OK           bool   `json:"ok"`
 	Minor        uint32 `json:"minor"`         // of the mapping: /dev/dm-<minor>
 	HeaderDigest string `json:"header_digest"` // luksheader's Fingerprint; "" before the header was accepted
 	HeaderDamage string `json:"header_damage"` // luksheader's Damage
+	Slots        int    `json:"slots"`         // key slots in use
 	Server       string `json:"server"`        // the key server whose key opened it
-	ErrorKind    string `json:"error_kind"`    // one of package status
-	Error        string `json:"error"`
-	Hint         string `json:"hint"`
+	// Tokens came with keys, also where the disk did not open, by host key.
+	Tokens tokens.Fresh `json:"tokens"`
+	// Granted are those of Brief.Refused that gave a key.
+	Granted   []string `json:"granted"`
+	ErrorKind string   `json:"error_kind"` // one of package status
+	Error     string   `json:"error"`
+	Hint      string   `json:"hint"`
 }
 
 // Run is the part unlock: one attempt, one result line. Its error is nil when
@@ -136,7 +152,7 @@ func attempt(ctx context.Context, log *slog.Logger, b Brief, m Mapper, r *Result
 	if err != nil {
 		return err
 	}
-	r.HeaderDigest, r.HeaderDamage = h.Fingerprint(), h.Damage
+	r.HeaderDigest, r.HeaderDamage, r.Slots = h.Fingerprint(), h.Damage, len(h.Slots)
 	if h.Damage != "" {
 		log.Error("the LUKS header is damaged; its other copy is used", "damage", h.Damage)
 	}
@@ -152,31 +168,68 @@ func attempt(ctx context.Context, log *slog.Logger, b Brief, m Mapper, r *Result
 	if err != nil {
 		return fmt.Errorf("client identity: %w", err)
 	}
-	var sources []keysource.Source
-	for _, s := range b.KeyServers {
-		server, err := keysource.NewServer(s, id)
-		if err != nil {
-			return err
-		}
-		sources = append(sources, server)
-	}
-	from, err := keysource.Find(ctx, log, sources, keysource.Stagger, b.UUID, func(s keysource.Source, key secret.Bytes) (bool, error) {
-		volume, err := volumes.unseal(key)
-		if err != nil || volume == nil {
-			return false, err
-		}
-		minor, err := m.Map(volume, b.Mapping)
-		if err != nil {
-			return false, &failure{status.ErrorHung, fmt.Errorf("map %s as %s: %w", b.Device, b.Mapping, err)}
-		}
-		r.Minor = minor
-		return true, nil
-	})
+	servers, err := keysource.Servers(b.KeyServers, id)
 	if err != nil {
 		return err
 	}
-	r.Server = from.String()
+	var sources []keysource.Source
+	refusing := map[string]string{} // those that have to grant, with their names
+	for _, s := range servers {
+		if len(b.Refused) == 0 || slices.Contains(b.Refused, s.ID()) {
+			sources = append(sources, s)
+		}
+		if slices.Contains(b.Refused, s.ID()) {
+			refusing[s.ID()] = s.String()
+		}
+	}
+	found, err := keysource.Find(ctx, log, sources, keysource.Stagger, func(s keysource.Source) keywire.Request {
+		return keywire.Request{Verb: keywire.Key, UUID: b.UUID, Token: b.Tokens[s.ID()], Claims: claims(b.Claims, h)}
+	}, func(s keysource.Source, key secret.Bytes) error {
+		if _, refused := refusing[s.ID()]; refused {
+			delete(refusing, s.ID())
+			r.Granted = append(r.Granted, s.ID())
+		}
+		volume, err := volumes.unseal(key)
+		switch {
+		case err != nil:
+			return err
+		case volume == nil:
+			return keysource.ErrWrongKey
+		case len(refusing) > 0:
+			return fmt.Errorf("%w by %s, which has to agree as well", keysource.ErrRefused, strings.Join(slices.Sorted(maps.Values(refusing)), " and "))
+		}
+		minor, err := m.Map(volume, b.Mapping)
+		if err != nil {
+			return &failure{status.ErrorHung, fmt.Errorf("map %s as %s: %w", b.Device, b.Mapping, err)}
+		}
+		r.Minor = minor
+		return nil
+	})
+	r.Tokens = found.Tokens
+	if err != nil {
+		return err
+	}
+	r.Server = found.From.String()
 	return nil
+}
+
+// claims adds to c what the header says.
+func claims(c keywire.Claims, h *luksheader.Header) keywire.Claims {
+	c.Header, c.Slots = h.Fingerprint(), len(h.Slots)
+	c.Damage = Damage(h.Damage)
+	return c
+}
+
+// Damage is a claim's word for luksheader's damage.
+func Damage(damage string) string {
+	switch {
+	case strings.HasPrefix(damage, keywire.DamagePrimary):
+		return keywire.DamagePrimary
+	case damage != "":
+		return keywire.DamageSecondary
+	default:
+		return ""
+	}
 }
 
 func readHeader(b Brief) (*luksheader.Header, error) {
