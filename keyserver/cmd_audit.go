@@ -19,9 +19,10 @@ func newAuditCmd(env *Env, where *places) *cobra.Command {
 		Use:   "audit",
 		Short: "Print the audit log, or verify it",
 		Long: `Print every decision, oldest first. With --verify, check the chain instead: a
-record that was removed, changed or put in is found. That the end was cut off, or
-that all of it was written anew, shows only against a head that was noted elsewhere:
-serve writes the head after every record to its own log; name one with --expect.`,
+record that was removed, changed or put in is found. That somebody who may write to
+the state folder wrote the rest of it anew shows only against a head that was noted on
+another machine: serve writes the head after every record to its own log; name one
+with --expect.`,
 		Example: `  farkeep-keyserver audit
   farkeep-keyserver audit --json
   farkeep-keyserver audit --verify`,
@@ -68,6 +69,9 @@ func verifyAudit(env *Env, dir string, expect []string) error {
 	if s.First > 1 {
 		fmt.Fprintf(env.Stdout, "it begins at record %d: older files were removed\n", s.First)
 	}
+	if s.Records > 0 && !s.Noted {
+		fmt.Fprintln(env.Stdout, "its head is not noted beside it (audit.head): a change of its end would not show; the next record notes it")
+	}
 	if s.Torn > 0 {
 		fmt.Fprintf(env.Stdout, "%d lines were cut off, by power cuts or a full disk\n", s.Torn)
 	}
@@ -83,7 +87,8 @@ func readable(r audit.Record) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s %s %s", stamp(r.Time), r.Event, r.Decision)
 	for _, part := range []struct{ name, value string }{
-		{"", r.Appliance}, {"reason", r.Reason}, {"disk", r.UUID}, {"from", r.Remote}, {"key", r.Identity}, {"by", r.By},
+		{"", r.Appliance}, {"reason", r.Reason}, {"disk", r.UUID}, {"from", r.Remote}, {"place", r.Place},
+		{"token", r.Token}, {"says", r.Claims}, {"waiting", r.Waiting}, {"key", r.Identity}, {"by", r.By},
 	} {
 		switch {
 		case part.value == "":

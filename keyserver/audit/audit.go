@@ -1,14 +1,15 @@
 // Package audit is the key server's memory of what it decided: files of one
 // JSON object per line, only ever appended to.
 //
-// Every line carries the BLAKE2b-256 hash of the line before it, so that
-// [Verify] finds a line that was removed, changed or put in between. Such a
-// chain cannot show that its end was cut off or that all of it was written
-// anew: for that, a head ([Log.Append] returns it, the server logs it) has to be
-// noted elsewhere and shown to [Verify].
+// Every line carries the BLAKE2b-256 hash of the line before it, and the hash of
+// the newest line, the head, is noted in a file beside, audit.head. So [Verify]
+// finds a line that was removed, changed or put in, at the end too. What no log
+// of its own can show is that somebody who may write to its folder has written
+// the rest of it anew, head and all: for that a head ([Log.Append] returns it,
+// the server logs it) has to be noted on another machine and shown to [Verify].
 //
-// Append returns nil only when the line is on the disk. The caller must then,
-// and only then, do what the line says: no record, no key.
+// Append returns nil only when line and head are on the disk. The caller must
+// then, and only then, do what the line says: no record, no key.
 //
 // The current file is audit.log. At [MaxFile] bytes it is renamed to
 // audit-SEQUENCE.log, by its first record, and the chain goes on in a new one.
@@ -33,6 +34,7 @@ import (
 	"time"
 
 	"farkeep/shared/atomicfile"
+	"farkeep/shared/plainfile"
 
 	"golang.org/x/crypto/blake2b"
 	"golang.org/x/sys/unix"
@@ -45,6 +47,7 @@ const (
 	MaxFile = 8 << 20
 
 	current  = "audit.log"
+	headName = "audit.head"
 	lockName = "audit.lock"
 	// eventTorn follows the rest of a line that a power cut left unfinished.
 	eventTorn = "torn"
@@ -57,16 +60,21 @@ var origin = strings.Repeat("0", 64)
 // the log.
 var ErrDamaged = errors.New("the audit log is damaged")
 
-// Record is one decision.
+// Record is one decision. Its texts are this program's words, or bounded and
+// quoted when printed; a token is in none of them.
 type Record struct {
 	Seq       uint64    `json:"seq"`                 // from 1; set by Append
 	Time      time.Time `json:"time"`                // UTC
-	Event     string    `json:"event"`               // key, lease, checkin, connect, revoke, allow, add, start, repeated
-	Decision  string    `json:"decision"`            // granted, refused, failed, done
+	Event     string    `json:"event"`               // key, lease, checkin, dark, connect, request; an order; add, seal, start, repeated
+	Decision  string    `json:"decision"`            // granted, held, refused, later, failed, done
 	Reason    string    `json:"reason,omitempty"`    // why
 	Appliance string    `json:"appliance,omitempty"` // its name in site.toml
 	UUID      string    `json:"uuid,omitempty"`      // the disk
 	Remote    string    `json:"remote,omitempty"`    // address and port
+	Place     string    `json:"place,omitempty"`     // where the VPN says that it is
+	Token     string    `json:"token,omitempty"`     // how the shown token stands: none, accepted, mismatch, ignored
+	Claims    string    `json:"claims,omitempty"`    // what the appliance said of itself
+	Waiting   string    `json:"waiting,omitempty"`   // id of the waiting request
 	Identity  string    `json:"identity,omitempty"`  // fingerprint of the SSH key
 	By        string    `json:"by,omitempty"`        // who typed the command
 	Count     int       `json:"count,omitempty"`     // repeated: how often more
@@ -113,9 +121,14 @@ func (l *Log) Append(r Record) (head string, err error) {
 		return "", err
 	}
 	if t.last == nil {
-		if t.last, err = l.lastOfPredecessor(); err != nil {
+		before, err := l.endOfPredecessor()
+		if err != nil {
 			return "", err
 		}
+		t.before, t.last = before.before, before.last
+	}
+	if err := l.matchHead(t); err != nil {
+		return "", err
 	}
 	var lines []byte
 	last := t.last
@@ -137,6 +150,9 @@ func (l *Log) Append(r Record) (head string, err error) {
 	lines = append(lines, line...)
 	if err := write(f, lines, size); err != nil {
 		return "", fmt.Errorf("append to the audit log: %w", err)
+	}
+	if err := l.writeHead(hash(last)); err != nil {
+		return "", err // nothing may be granted; the next Append sets it right first
 	}
 	if size+int64(len(lines)) >= l.RotateAt {
 		// The record is durable; that the file stays too large for a while is no failure of it.
@@ -174,7 +190,7 @@ func (l *Log) next(r Record, last []byte) (line, bare []byte, err error) {
 		r.Time = l.now()
 	}
 	r.Time = r.Time.UTC().Truncate(time.Millisecond)
-	for _, s := range []*string{&r.Reason, &r.Remote, &r.By, &r.Appliance, &r.UUID, &r.Identity} {
+	for _, s := range []*string{&r.Reason, &r.Remote, &r.Place, &r.Token, &r.Claims, &r.Waiting, &r.By, &r.Appliance, &r.UUID, &r.Identity} {
 		*s = clip(*s, 300)
 	}
 	bare, err = json.Marshal(r)
@@ -225,12 +241,12 @@ func (l *Log) openCurrent() (*os.File, int64, error) {
 	return f, info.Size(), nil
 }
 
-// ending is how a file ends: its last complete line, nil for none, and what
-// follows that line.
-type ending struct{ last, torn []byte }
+// ending is how a file ends: the line before the last complete one and that one,
+// nil for none, and what follows.
+type ending struct{ before, last, torn []byte }
 
 func tail(f *os.File, size int64) (ending, error) {
-	n := min(size, 3*MaxLine)
+	n := min(size, 4*MaxLine)
 	b := make([]byte, n)
 	if _, err := f.ReadAt(b, size-n); err != nil && !errors.Is(err, io.EOF) {
 		return ending{}, fmt.Errorf("read the audit log: %w", err)
@@ -244,16 +260,21 @@ func tail(f *os.File, size int64) (ending, error) {
 		return t, nil
 	}
 	b = b[:end]
-	t.last = b[bytes.LastIndexByte(b, '\n')+1:]
+	start := bytes.LastIndexByte(b, '\n') + 1
+	t.last = b[start:]
+	if start > 0 {
+		b = b[:start-1]
+		t.before = b[bytes.LastIndexByte(b, '\n')+1:]
+	}
 	return t, nil
 }
 
-// lastOfPredecessor returns the last line of the newest file that is full, nil
-// where there is none.
-func (l *Log) lastOfPredecessor() ([]byte, error) {
+// endOfPredecessor is how the newest file that is full ends; empty where there
+// is none.
+func (l *Log) endOfPredecessor() (ending, error) {
 	names, err := files(l.dir)
 	if err != nil {
-		return nil, err
+		return ending{}, err
 	}
 	for i := len(names) - 1; i >= 0; i-- {
 		if filepath.Base(names[i]) == current {
@@ -261,20 +282,20 @@ func (l *Log) lastOfPredecessor() ([]byte, error) {
 		}
 		f, err := os.Open(names[i])
 		if err != nil {
-			return nil, fmt.Errorf("read the audit log: %w", err)
+			return ending{}, fmt.Errorf("read the audit log: %w", err)
 		}
 		defer f.Close()
 		info, err := f.Stat()
 		if err != nil {
-			return nil, fmt.Errorf("read the audit log: %w", err)
+			return ending{}, fmt.Errorf("read the audit log: %w", err)
 		}
 		t, err := tail(f, info.Size())
 		if err == nil && (t.last == nil || len(t.torn) > 0) {
 			err = fmt.Errorf("%w: %s does not end in a record", ErrDamaged, names[i])
 		}
-		return t.last, err
+		return t, err
 	}
-	return nil, nil
+	return ending{}, nil
 }
 
 // rotate gives the current file its final name. The next Append begins a new one.
@@ -293,11 +314,13 @@ func (l *Log) rotate() error {
 	if err := json.Unmarshal(line, &first); err != nil {
 		return err
 	}
-	if err := os.Rename(path, filepath.Join(l.dir, fmt.Sprintf("audit-%012d.log", first.Seq))); err != nil {
+	if err := os.Rename(path, filepath.Join(l.dir, fileName(first.Seq))); err != nil {
 		return err
 	}
 	return atomicfile.SyncDir(l.dir)
 }
+
+func fileName(first uint64) string { return fmt.Sprintf("audit-%012d.log", first) }
 
 // files are the log's files, oldest first.
 func files(dir string) ([]string, error) {
@@ -310,6 +333,66 @@ func files(dir string) ([]string, error) {
 		old = append(old, filepath.Join(dir, current))
 	}
 	return old, nil
+}
+
+// matchHead checks that the log ends where it ended last. A crash, or a head that
+// could not be written, leaves one record more, or two where the first owns up to
+// an unfinished line; then the head is brought up to date before anything else is
+// appended.
+func (l *Log) matchHead(t ending) error {
+	noted, err := readHead(l.dir)
+	if err != nil || noted == "" {
+		return err // none was written yet
+	}
+	if t.last == nil {
+		return fmt.Errorf("%w: it is empty and was not", ErrDamaged)
+	}
+	is := hash(t.last)
+	if noted == is {
+		return nil
+	}
+	var last, before Record
+	if json.Unmarshal(t.last, &last) == nil && last.Prev == noted ||
+		json.Unmarshal(t.before, &before) == nil && before.Event == eventTorn && before.Prev == noted && last.Prev == hash(t.before) {
+		return l.writeHead(is)
+	}
+	return fmt.Errorf("%w: its end is not the one that was noted in %s", ErrDamaged, headName)
+}
+
+func readHead(dir string) (string, error) {
+	data, err := plainfile.Read(filepath.Join(dir, headName), MaxLine)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read the audit log's head: %w", err)
+	}
+	head := strings.TrimSuffix(string(data), "\n")
+	if raw, err := hex.DecodeString(head); err != nil || len(raw) != blake2b.Size256 {
+		return "", fmt.Errorf("%w: %s holds no head", ErrDamaged, headName)
+	}
+	return head, nil
+}
+
+// writeHead notes the head durably. It writes in place: 65 bytes lie in one
+// sector, which a disk writes whole or not at all, and a full disk has them already.
+func (l *Log) writeHead(head string) error {
+	path := filepath.Join(l.dir, headName)
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = atomicfile.Create(path, []byte(head+"\n"), 0o600)
+		if err == nil {
+			return nil
+		}
+	}
+	if err == nil {
+		_, err = f.WriteAt([]byte(head+"\n"), 0)
+		err = errors.Join(err, f.Sync(), f.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("note the audit log's head: %w", err)
+	}
+	return nil
 }
 
 func lock(dir string, how int) (unlock func(), err error) {

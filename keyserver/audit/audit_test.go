@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -124,6 +125,14 @@ func TestCutOffEndIsFoundWithANotedHead(t *testing.T) {
 	if err := os.WriteFile(path, bytes.Join(lines[:3], nil), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := audit.Verify(dir); !errors.Is(err, audit.ErrDamaged) {
+		t.Errorf("with the head that was noted beside it: %v", err)
+	}
+	if _, err := l.Append(audit.Record{Event: "key", Decision: "granted"}); !errors.Is(err, audit.ErrDamaged) {
+		t.Errorf("an append to it: %v", err)
+	}
+	// Whoever cut it wrote that head anew: only one that was noted elsewhere tells.
+	note(t, dir, heads[2])
 	if _, err := audit.Verify(dir, heads[2]); err != nil {
 		t.Errorf("what is left is whole: %v", err)
 	}
@@ -132,11 +141,165 @@ func TestCutOffEndIsFoundWithANotedHead(t *testing.T) {
 	}
 }
 
+// note writes the head that lies beside the log.
+func note(t testing.TB, dir, head string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, "audit.head"), []byte(head+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A crash between a record and its head: the next record sets it right. A log of
+// an older version has no head yet.
+func TestHeadLagsBehind(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		behind int // records that are not noted
+		whole  bool
+	}{{"not at all", 0, true}, {"one", 1, true}, {"two", 2, true}, {"three", 3, false}} {
+		l, dir := open(t)
+		heads := fill(t, l, 6)
+		note(t, dir, heads[5-tt.behind])
+		if s, err := audit.Verify(dir); (err == nil) != tt.whole || !s.Noted {
+			t.Errorf("%s: %+v, %v", tt.name, s, err)
+		}
+		_, err := l.Append(audit.Record{Event: "start", Decision: "done"})
+		// Two are one crash only when the first of them owns up to an unfinished line.
+		if (err == nil) != (tt.behind < 2) {
+			t.Errorf("%s: append: %v", tt.name, err)
+		}
+	}
+	l, dir := open(t)
+	fill(t, l, 2)
+	if err := os.Remove(filepath.Join(dir, "audit.head")); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := audit.Verify(dir); err != nil || s.Noted {
+		t.Errorf("%+v, %v", s, err)
+	}
+	fill(t, l, 1)
+	if s, err := audit.Verify(dir); err != nil || !s.Noted || s.Records != 3 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	// Both crashes in a row: a line cut off, then the record that owns up to it not noted.
+	heads := fill(t, l, 1)
+	f, err := os.OpenFile(filepath.Join(dir, "audit.log"), os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(`{"seq":5,"ti`); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	fill(t, l, 1)
+	note(t, dir, heads[0])
+	fill(t, l, 1)
+	if s, err := audit.Verify(dir); err != nil || s.Torn != 1 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	note(t, dir, "no head")
+	if _, err := audit.Verify(dir); !errors.Is(err, audit.ErrDamaged) {
+		t.Errorf("a head that is none: %v", err)
+	}
+}
+
+// Whatever is done to the files: if the log still verifies, every record that was
+// in it is in it, in order and to the letter, but for what is gone from the
+// beginning of the oldest file, which Verify says.
+func TestRandomTampering(t *testing.T) {
+	l, dir := open(t)
+	l.RotateAt = 1500
+	fill(t, l, 30)
+	names := append(glob(t, dir), filepath.Join(dir, "audit.head"))
+	whole := map[string][]byte{}
+	var lines []string
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole[name] = text
+		if strings.HasSuffix(name, ".log") && filepath.Base(name) != "audit.log" {
+			lines = append(lines, strings.Split(strings.TrimSuffix(string(text), "\n"), "\n")...)
+		}
+	}
+	if text := whole[filepath.Join(dir, "audit.log")]; len(text) > 0 {
+		lines = append(lines, strings.Split(strings.TrimSuffix(string(text), "\n"), "\n")...)
+	}
+	if len(lines) != 30 {
+		t.Fatalf("%d lines", len(lines))
+	}
+	found := 0
+	for seed := range uint64(1500) {
+		random := rand.New(rand.NewPCG(seed, 4))
+		name := names[random.IntN(len(names))]
+		text := tamper(random, whole[name])
+		if bytes.Equal(text, whole[name]) {
+			continue
+		}
+		if err := os.WriteFile(name, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := audit.Verify(dir)
+		switch {
+		case errors.Is(err, audit.ErrDamaged):
+			found++
+		case err != nil:
+			t.Errorf("seed %d: %v", seed, err)
+		default:
+			var left []string
+			if err := audit.Read(dir, func(line []byte, _ audit.Record) error { left = append(left, string(line)); return nil }); err != nil {
+				t.Errorf("seed %d: %v", seed, err)
+			}
+			if s.First < 1 || int(s.First) > len(lines) || !slices.Equal(left, lines[s.First-1:]) {
+				t.Errorf("seed %d: %s was altered and nothing was found", seed, filepath.Base(name))
+			}
+		}
+		if err := os.WriteFile(name, whole[name], 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if found < 1300 {
+		t.Errorf("%d alterations were found", found)
+	}
+}
+
+// tamper alters a text at random: bytes, lines, its end.
+func tamper(random *rand.Rand, text []byte) []byte {
+	text = bytes.Clone(text)
+	lines := bytes.SplitAfter(text, []byte("\n"))
+	at := random.IntN(len(text))
+	one, other := random.IntN(len(lines)), random.IntN(len(lines))
+	switch random.IntN(9) {
+	case 0:
+		text[at] ^= 1 << random.IntN(8)
+		return text
+	case 1:
+		return slices.Delete(text, at, at+1+random.IntN(min(len(text)-at, 300)))
+	case 2:
+		return slices.Insert(text, at, byte(random.IntN(256)))
+	case 3:
+		return text[:at]
+	case 4:
+		return text[at:]
+	case 5:
+		lines = slices.Delete(lines, one, one+1)
+	case 6:
+		lines[one], lines[other] = lines[other], lines[one]
+	case 7:
+		lines = slices.Insert(lines, one, lines[other])
+	case 8:
+		lines[one] = bytes.Replace(lines[one], []byte("granted"), []byte("refused"), 1)
+	}
+	return bytes.Join(lines, nil)
+}
+
 // A power cut may leave any beginning of the last line, or zeros in its place.
 func TestTornEnd(t *testing.T) {
 	for cut := range 120 {
 		l, dir := open(t)
-		fill(t, l, 3)
+		heads := fill(t, l, 3)
+		note(t, dir, heads[1])
 		path := filepath.Join(dir, "audit.log")
 		text, err := os.ReadFile(path)
 		if err != nil {

@@ -20,20 +20,36 @@ type Summary struct {
 	Head    string // hash of the newest line; "" for an empty log
 	Torn    int    // lines that a power cut left unfinished and the log owns up to
 	Heads   int    // how many of the expected heads are in the chain
+	// Noted is whether the head was noted beside the log. Without that a change of
+	// the end does not show; a log of an older version has none until its next record.
+	Noted bool
 }
 
 // Verify checks the whole chain in dir. expect names heads that were noted
 // elsewhere: each must be in the chain. An error that wraps ErrDamaged names the
 // file and the line.
 func Verify(dir string, expect ...string) (Summary, error) {
+	unlock, err := lockForReading(dir)
+	if err != nil {
+		return Summary{}, err
+	}
+	defer unlock()
+	noted, err := readHead(dir)
+	if err != nil {
+		return Summary{}, err
+	}
 	var s Summary
 	wanted := map[string]bool{}
 	for _, h := range expect {
 		wanted[h] = true
 	}
-	err := Read(dir, func(line []byte, r Record) error {
+	since := -1 // records after the noted head
+	err = read(dir, func(line []byte, r Record) error {
 		if s.Records == 0 {
 			s.First = r.Seq
+			if r.Prev == noted {
+				since = 0 // the head that was noted went with an older file
+			}
 		}
 		s.Records++
 		if r.Event == eventTorn {
@@ -44,9 +60,23 @@ func Verify(dir string, expect ...string) (Summary, error) {
 			delete(wanted, s.Head)
 			s.Heads++
 		}
+		switch {
+		case s.Head == noted:
+			since = 0
+		case since >= 0:
+			since++
+		}
 		return nil
 	})
-	if err == nil && len(wanted) > 0 {
+	s.Noted = noted != ""
+	switch {
+	case err != nil:
+	case s.Noted && since < 0:
+		err = fmt.Errorf("%w: the head that was noted in %s is not in it: its end was cut off or changed", ErrDamaged, headName)
+	case s.Noted && since > 2:
+		// A crash leaves two records at most that are not noted yet.
+		err = fmt.Errorf("%w: %d records come after the head that was noted in %s", ErrDamaged, since, headName)
+	case len(wanted) > 0:
 		err = fmt.Errorf("%w: %d of the %d heads noted elsewhere are not in it: its end was cut off, or it was written anew", ErrDamaged, len(wanted), len(expect))
 	}
 	return s, err
@@ -56,13 +86,23 @@ func Verify(dir string, expect ...string) (Summary, error) {
 // line is valid during the call. An unfinished line at the very end is passed
 // over: the next Append owns up to it.
 func Read(dir string, f func(line []byte, r Record) error) error {
-	if _, err := os.Stat(filepath.Join(dir, lockName)); err == nil {
-		unlock, err := lock(dir, unix.LOCK_SH)
-		if err != nil {
-			return err
-		}
-		defer unlock()
+	unlock, err := lockForReading(dir)
+	if err != nil {
+		return err
 	}
+	defer unlock()
+	return read(dir, f)
+}
+
+// lockForReading waits for writers. Before the first record there is nothing to lock.
+func lockForReading(dir string) (unlock func(), err error) {
+	if _, err := os.Stat(filepath.Join(dir, lockName)); err != nil {
+		return func() {}, nil
+	}
+	return lock(dir, unix.LOCK_SH)
+}
+
+func read(dir string, f func(line []byte, r Record) error) error {
 	names, err := files(dir)
 	if err != nil {
 		return err
@@ -107,6 +147,11 @@ func (c *chain) file(name string, last bool) error {
 		}
 		if err := c.line(bytes.TrimSuffix(line, []byte("\n")), name, n); err != nil {
 			return err
+		}
+		// A file is named by its first record, so that lines cut off its beginning
+		// do not look like older files that somebody put away.
+		if n == 1 && !last && c.bad == nil && filepath.Base(name) != fileName(c.seq) {
+			return fmt.Errorf("%w: %s:%d: it begins with record %d", ErrDamaged, name, n, c.seq)
 		}
 	}
 }
