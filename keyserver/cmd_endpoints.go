@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"time"
+
+	"farkeep/keyserver/moment"
+	"farkeep/keyserver/place"
+	"farkeep/shared/hint"
+	"farkeep/shared/site"
+	"farkeep/shared/usage"
+
+	"github.com/spf13/cobra"
+)
+
+func newEndpointsCmd(env *Env) *cobra.Command {
+	var path, table, socket string
+	var every time.Duration
+	var once bool
+	cmd := &cobra.Command{
+		Use:   "endpoints",
+		Short: "Tell the server from which networks the appliances come (runs as root)",
+		Long: `Ask WireGuard, and Tailscale where it runs, every few seconds from where each
+peer's last packets came, and write that to a file that "serve" reads. This is
+the only part that needs CAP_NET_ADMIN, and it holds no key and no policy.
+
+It is needed where site.toml says key_policy.place = "wireguard" or "tailscale".
+A table of networks makes the judgement better where a line changes its address:
+the file ip2asn-combined.tsv of iptoasn.com, unpacked, or lines "PREFIX AS".`,
+		Example: `  farkeep-keyserver endpoints
+  farkeep-keyserver endpoints --once
+  farkeep-keyserver endpoints --networks /var/lib/farkeep-networks/ip2asn-combined.tsv`,
+		Args: usage.Args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if every < 100*time.Millisecond || every > place.MaxEvery {
+				return usage.Errorf("--every %v is not between 100ms and %v", every, place.MaxEvery)
+			}
+			wireguard, err := place.OpenWireGuard()
+			if err != nil {
+				return hint.Because(err, "it needs CAP_NET_ADMIN: run it as root")
+			}
+			defer wireguard.Close()
+			looks := []place.Look{{Source: place.SourceWireGuard, Observe: func(context.Context) ([]place.Observation, error) { return wireguard.Observe() }}}
+			if _, err := os.Stat(socket); err == nil || cmd.Flags().Changed("tailscale") {
+				looks = append(looks, place.Look{Source: place.SourceTailscale, Observe: place.OpenTailscale(socket).Observe})
+			} else if !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			w := &place.Watch{Looks: looks, Path: path, Table: table, Every: every, Now: func() (moment.Moment, error) { return moment.Now(env.Now) }, Log: env.Logger()}
+			if once {
+				return w.Once(cmd.Context(), env.Stdout)
+			}
+			err = w.Run(cmd.Context())
+			if errors.Is(err, fs.ErrPermission) {
+				err = hint.Because(err, "run it as root, or name another file with --file")
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&path, "file", place.DefaultPath, "where serve finds it")
+	cmd.Flags().StringVar(&table, "networks", "", "table of networks and autonomous systems")
+	cmd.Flags().StringVar(&socket, "tailscale", place.TailscaleSocket, "tailscaled's socket")
+	cmd.Flags().DurationVar(&every, "every", place.DefaultEvery, "how often to look")
+	cmd.Flags().BoolVar(&once, "once", false, "look once, print what is seen, write nothing")
+	return cmd
+}
+
+// whereabouts is how serve asks for an appliance's place: not at all where the
+// policy does not want to know.
+func whereabouts(ctx context.Context, r *place.Reader, log *slog.Logger) func(site.Appliance, netip.Addr) place.Sighting {
+	return func(a site.Appliance, from netip.Addr) place.Sighting {
+		if a.KeyPolicy.Place == site.PlaceNone {
+			return place.Sighting{}
+		}
+		s, err := r.Look(ctx, a.KeyPolicy.Place, from)
+		if err != nil {
+			log.Warn("place", "appliance", a.Name, "err", err)
+		}
+		return s
+	}
+}
+
+// placed reports whether the site wants to know where an appliance is.
+func placed(s *site.Site) bool {
+	for _, a := range s.Appliances {
+		if a.KeyPolicy.Place != site.PlaceNone {
+			return true
+		}
+	}
+	return false
+}
+
+// checkEndpoints is what "check" says of the endpoints.
+func checkEndpoints(s *site.Site, r *place.Reader) (string, error) {
+	if !placed(s) {
+		return "", nil
+	}
+	age, err := r.Age()
+	if err == nil && age > place.Stale {
+		err = fmt.Errorf("%s is %v old", place.DefaultPath, age.Round(time.Second))
+	}
+	if err != nil {
+		return "", hint.Because(fmt.Errorf("site.toml wants places judged, and the VPN's endpoints are not known: %w", err),
+			`start the service "farkeep-endpoints" (docs/keyserver.md), or set key_policy.place = "none"`)
+	}
+	return fmt.Sprintf("endpoints: %v old", age.Round(time.Second)), nil
+}
