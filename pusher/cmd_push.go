@@ -138,13 +138,13 @@ man's switch quiet.`,
 
 // rateOf is the limit for each target: the flag's, or else the site's, which is
 // about the line to appliances and not about local folders.
-func rateOf(cmd *cobra.Command, s *site.Site, flag int64) func(string) int64 {
-	return func(target string) int64 {
+func rateOf(cmd *cobra.Command, s *site.Site, flag int64) func(string, time.Time) int64 {
+	return func(target string, at time.Time) int64 {
 		if cmd.Flags().Changed("rate-limit") {
 			return flag
 		}
 		if _, far := s.Appliance(target); far {
-			return s.Push.RateLimit
+			return s.Push.RateAt(at)
 		}
 		return 0
 	}
@@ -205,7 +205,7 @@ func problems(p []repository.Problem, good int) error {
 
 func showReport(env *Env, r *push.Report) error {
 	w := tabwriter.NewWriter(env.Stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "TARGET\tREPOSITORY\tRESULT\tGENERATION\tSENT\tTIME")
+	fmt.Fprintln(w, "TARGET\tREPOSITORY\tRESULT\tGENERATION\tSENT\tSAVED\tTIME")
 	for _, o := range r.Outcomes {
 		result := "unchanged"
 		switch {
@@ -216,10 +216,10 @@ func showReport(env *Env, r *push.Report) error {
 		case o.New:
 			result = "new"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", o.Target, o.Repository, result, orDash(o.Generation), progress.Bytes(o.Bytes), o.Took.Round(100*time.Millisecond))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", o.Target, o.Repository, result, orDash(o.Generation), progress.Bytes(o.Bytes), progress.Bytes(o.Copied), o.Took.Round(100*time.Millisecond))
 	}
 	for _, p := range r.Problems {
-		fmt.Fprintf(w, "-\t%s\tFAILED\t-\t-\t-\n", p.Name)
+		fmt.Fprintf(w, "-\t%s\tFAILED\t-\t-\t-\t-\n", p.Name)
 	}
 	if err := w.Flush(); err != nil {
 		return err

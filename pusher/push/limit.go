@@ -10,11 +10,11 @@ import (
 // than a slice per second still moves.
 const slice = 32 << 10
 
-// limit lets bytes pass at a rate: what was written since the start never exceeds
-// rate times the time passed by more than one slice. After a pause it does not
-// catch up by more than burst.
+// limit lets bytes pass at a rate, which may change from hour to hour: what was
+// written since the start never exceeds rate times the time passed by more than
+// one slice. After a pause it does not catch up by more than burst.
 type limit struct {
-	rate int64 // bytes per second
+	rate func(now time.Time) int64 // bytes per second; 0: none
 	now  func() time.Time
 	wait func(context.Context, time.Duration) error
 	due  time.Time // when all that passed is paid for
@@ -23,18 +23,23 @@ type limit struct {
 // burst is the longest idle time that may be made up for.
 const burst = 100 * time.Millisecond
 
-func (l *limit) pass(ctx context.Context, n int) error {
+// pass waits until the next bytes may pass, and says how many of n.
+func (l *limit) pass(ctx context.Context, n int) (int, error) {
 	now := l.now()
 	if earliest := now.Add(-burst); l.due.Before(earliest) {
 		l.due = earliest
 	}
 	if ahead := l.due.Sub(now); ahead > 0 {
 		if err := l.wait(ctx, ahead); err != nil {
-			return err
+			return 0, err
 		}
+		now = l.due
 	}
-	l.due = l.due.Add(time.Duration(float64(n) / float64(l.rate) * float64(time.Second)))
-	return nil
+	if rate := l.rate(now); rate > 0 {
+		n = min(n, slice)
+		l.due = l.due.Add(time.Duration(float64(n) / float64(rate) * float64(time.Second)))
+	}
+	return n, nil
 }
 
 // limited is a writer behind a limit.
@@ -47,11 +52,11 @@ type limited struct {
 func (w *limited) Write(p []byte) (int, error) {
 	written := 0
 	for len(p) > 0 {
-		n := min(len(p), slice)
-		if err := w.l.pass(w.ctx, n); err != nil {
+		n, err := w.l.pass(w.ctx, len(p))
+		if err != nil {
 			return written, err
 		}
-		n, err := w.w.Write(p[:n])
+		n, err = w.w.Write(p[:n])
 		written += n
 		if err != nil {
 			return written, err

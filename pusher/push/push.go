@@ -53,9 +53,9 @@ type Push struct {
 	State  string // folder of the pusher's state, see [Lock]
 	Memory *repository.Memory
 	Lock   borglock.Options
-	// Rate gives the bound on what a target gets, in bytes per second, 0 for none;
-	// nil: none for all.
-	Rate func(target string) int64
+	// Rate gives the bound on what a target gets at a time, in bytes per second, 0
+	// for none; nil: none for all.
+	Rate func(target string, at time.Time) int64
 	// GiveUp is how long a target may be out of reach without anything moving;
 	// 0 means 30 minutes.
 	GiveUp time.Duration
@@ -373,8 +373,9 @@ func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *lis
 		}
 	}
 	got, err := t.Upload(ctx, answer.Push, func(w io.Writer) error {
-		if p.Rate != nil && p.Rate(t.Name()) > 0 {
-			w = &limited{ctx, w, &limit{rate: p.Rate(t.Name()), now: p.Now, wait: sleep, due: p.Now()}}
+		if p.Rate != nil {
+			rate := func(at time.Time) int64 { return p.Rate(t.Name(), at) }
+			w = &limited{ctx, w, &limit{rate: rate, now: p.Now, wait: sleep, due: p.Now()}}
 		}
 		return u.write(w)
 	})

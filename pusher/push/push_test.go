@@ -551,7 +551,8 @@ func TestRate(t *testing.T) {
 	var now time.Time
 	now = time.Unix(1e9, 0)
 	start := now
-	l := &limit{rate: 1_000_000, now: func() time.Time { return now }, wait: func(_ context.Context, d time.Duration) error { now = now.Add(d); return nil }, due: now}
+	rate := int64(1_000_000)
+	l := &limit{rate: func(time.Time) int64 { return rate }, now: func() time.Time { return now }, wait: func(_ context.Context, d time.Duration) error { now = now.Add(d); return nil }, due: now}
 	w := &limited{t.Context(), io.Discard, l}
 	n, err := w.Write(make([]byte, 10_000_000))
 	if n != 10_000_000 || err != nil {
@@ -569,9 +570,26 @@ func TestRate(t *testing.T) {
 	if took := now.Sub(start); took < 850*time.Millisecond || took > time.Second {
 		t.Errorf("1 MB after a pause took %v", took)
 	}
+	// The hour strikes in the middle: 4 MB at 1 MB/s, then 8 at 4, then no limit.
+	start = now
+	l.rate = func(at time.Time) int64 {
+		switch at = at.UTC(); {
+		case at.Before(start.Add(4 * time.Second)):
+			return 1_000_000
+		case at.Before(start.Add(6 * time.Second)):
+			return 4_000_000
+		}
+		return 0
+	}
+	if _, err := w.Write(make([]byte, 50_000_000)); err != nil {
+		t.Fatal(err)
+	}
+	if took := now.Sub(start); took < 5700*time.Millisecond || took > 6300*time.Millisecond {
+		t.Errorf("4 s at 1 MB/s, 2 s at 4 MB/s and the rest at once took %v", took)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	slow := &limited{ctx, io.Discard, &limit{rate: 1, now: time.Now, wait: sleep, due: time.Now().Add(time.Hour)}}
+	slow := &limited{ctx, io.Discard, &limit{rate: func(time.Time) int64 { return 1 }, now: time.Now, wait: sleep, due: time.Now().Add(time.Hour)}}
 	if _, err := slow.Write([]byte("x")); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}

@@ -127,7 +127,24 @@ type Directory struct {
 type Push struct {
 	LockWait  settings.Duration `toml:"lock_wait"`  // how long to wait for Borg's lock; default 1h
 	RateLimit int64             `toml:"rate_limit"` // bytes per second and appliance; 0: none
+	Rates     []Rate            `toml:"rate"`       // at some hours another one; the first that fits counts
 	WakeWait  settings.Duration `toml:"wake_wait"`  // how long a disk may take to open; default 10m
+}
+
+// Rate is the limit of some hours of each day.
+type Rate struct {
+	Hours     Hours `toml:"hours"`      // UTC, "07:00-23:00"
+	RateLimit int64 `toml:"rate_limit"` // bytes per second and appliance; 0: none
+}
+
+// RateAt is the limit that holds at t, in bytes per second; 0: none.
+func (p Push) RateAt(t time.Time) int64 {
+	for _, r := range p.Rates {
+		if r.Hours.Contain(t) {
+			return r.RateLimit
+		}
+	}
+	return p.RateLimit
 }
 
 // Mail is how appliances send mail; the password is in the secrets folders.

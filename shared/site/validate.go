@@ -17,6 +17,7 @@ const (
 	MaxRepositories = 1000
 	MaxDirectories  = 16
 	MaxPushers      = 16
+	maxRates        = 16
 )
 
 // Boards are the values of Appliance.Board: what the image can boot, and
@@ -251,6 +252,11 @@ func (s *Site) validateSources(v validator) {
 		s.knownHost(v, d.Host, "directory_target", i)
 	}
 	v.Check(s.Push.RateLimit >= 0, "push", "rate_limit", 0, "a rate cannot be negative")
+	v.Check(len(s.Push.Rates) <= maxRates, "push.rate", "hours", 0, "at most %d", maxRates)
+	for i, r := range s.Push.Rates {
+		v.Check(r.RateLimit >= 0, "push.rate", "rate_limit", i, "a rate cannot be negative")
+		v.Check(r.Hours != Hours{}, "push.rate", "hours", i, `hours are missing: "07:00-23:00"`)
+	}
 }
 
 func (s *Site) validateAlarms(v validator) {
