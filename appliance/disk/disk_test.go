@@ -66,11 +66,14 @@ type machine struct {
 	skew    time.Duration // of CLOCK_BOOTTIME: the machine was suspended for so long
 	shown   []keywire.Token
 	rounds  []consent.Round
+
+	checkTakes time.Duration // e2fsck
 }
 
 // keyServer is one key server, as the answers that it gives.
 type keyServer struct {
 	refuses, silent bool
+	heldKey         bool // the key alone waits for a person
 	lease, renew    time.Duration
 	delay           time.Duration
 	issues          keywire.Token // with the next key
@@ -239,7 +242,7 @@ func (m *machine) Unlock(ctx context.Context, dev Device, shown map[string]keywi
 			}
 			continue
 		}
-		if slices.Contains(refused, id) {
+		if slices.Contains(refused, id) && !s.heldKey {
 			r.Granted = append(r.Granted, id)
 		}
 		if s.issues != "" {
@@ -259,9 +262,14 @@ func (m *machine) NeedsCheck(string, time.Time) (Care, string, error) {
 	return m.care, "", nil
 }
 
-func (m *machine) Check(_ context.Context, _ string, full bool) error {
+func (m *machine) Check(ctx context.Context, _ string, full bool) error {
 	if err := m.touch(); err != nil {
 		return err
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(m.checkTakes):
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -18,6 +18,7 @@ import (
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
 	"farkeep/shared/identity"
+	"farkeep/shared/keywire"
 	"farkeep/shared/luksheader"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
@@ -121,10 +122,11 @@ func (b *bench) keyServer(t testing.TB, answer func(s *sshverb.Session) error) B
 
 func (b *bench) gives(key []byte) func(*sshverb.Session) error {
 	return func(s *sshverb.Session) error {
-		if s.Verb != "key" || len(s.Args) != 1 || s.Args[0] != b.uuid {
-			return fmt.Errorf("unexpected verb %q", s.Verb)
+		r, err := keywire.Parse(s.Verb, s.Args)
+		if err != nil || r.Verb != keywire.Key || r.UUID != b.uuid || len(r.Claims.Header) != 64 || r.Claims.Slots == 0 {
+			return fmt.Errorf("unexpected request %v, %+v, %w", r, r.Claims, err)
 		}
-		_, err := s.Stdout.Write(key)
+		_, err = s.Stdout.Write(key)
 		return err
 	}
 }
@@ -259,6 +261,100 @@ func TestAttemptFails(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Each server is shown its own token, what it claims comes from the live header,
+// and every new token is handed back, that of a wrong key included.
+func TestTokens(t *testing.T) {
+	b := newBench(t)
+	b.edit(t, func(d []byte) { d[16384+5000] ^= 1 })
+	var asked []keywire.Request
+	answer := func(key []byte, token keywire.Token) func(*sshverb.Session) error {
+		return func(s *sshverb.Session) error {
+			r, err := keywire.Parse(s.Verb, s.Args)
+			if err != nil {
+				return err
+			}
+			asked = append(asked, r)
+			s.Stderr.Write([]byte(keywire.TokenLine(token)))
+			_, err = s.Stdout.Write(key)
+			return err
+		}
+	}
+	brief := b.keyServer(t, answer(bytes.Repeat([]byte("x"), 64), "liar-2"))
+	right := b.keyServer(t, answer(b.key, "home-2"))
+	right.KeyServers[0].Name = "right"
+	brief.KeyServers = append(brief.KeyServers, right.KeyServers...)
+	liarID, rightID := idOf(t, brief.KeyServers[0]), idOf(t, brief.KeyServers[1])
+	brief.Tokens = map[string]keywire.Token{liarID: "liar-1", rightID: "home-1"}
+	brief.Claims = keywire.Claims{Up: 77}
+	var log bytes.Buffer
+	r := Attempt(t.Context(), slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})), brief, &fakeKernel{})
+	if !r.OK || r.Server != "right" || r.Slots != 1 || len(r.Tokens) != 2 || r.Tokens[liarID] != "liar-2" || r.Tokens[rightID] != "home-2" {
+		t.Fatalf("%+v with %d tokens", r, len(r.Tokens))
+	}
+	if len(asked) != 2 || asked[0].Token != "liar-1" || asked[1].Token != "home-1" {
+		t.Errorf("%d asked, or shown another server's token", len(asked))
+	}
+	for _, a := range asked {
+		if a.Claims != (keywire.Claims{Up: 77, Header: r.HeaderDigest, Damage: keywire.DamageSecondary, Slots: 1}) {
+			t.Errorf("claimed %+v", a.Claims)
+		}
+	}
+	for _, token := range []string{"liar-1", "liar-2", "home-1", "home-2"} {
+		if strings.Contains(log.String()+fmt.Sprintf("%+v", r), token) {
+			t.Error("a token is in the log, or prints")
+		}
+	}
+}
+
+// While a server refuses, no other server's key counts.
+func TestRefusingServersDecide(t *testing.T) {
+	b := newBench(t)
+	others := 0
+	ready := b.keyServer(t, func(s *sshverb.Session) error { others++; return b.gives(b.key)(s) })
+	revoked := true
+	strict := b.keyServer(t, func(s *sshverb.Session) error {
+		if revoked {
+			return sshverb.Refuse(errors.New("revoked"), "refused")
+		}
+		return b.gives(b.key)(s)
+	})
+	strict.KeyServers[0].Name = "strict"
+	brief := ready
+	brief.KeyServers = append(brief.KeyServers, strict.KeyServers...)
+	id := idOf(t, strict.KeyServers[0])
+	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	brief.Refused = []string{id}
+	if r := Attempt(t.Context(), log, brief, &fakeKernel{}); r.OK || r.ErrorKind != status.ErrorRefused || len(r.Granted) != 0 {
+		t.Errorf("%+v", r)
+	}
+	if others != 0 {
+		t.Error("another server was asked for a key that does not count")
+	}
+	revoked = false
+	if r := Attempt(t.Context(), log, brief, &fakeKernel{}); !r.OK || r.Server != "strict" || len(r.Granted) != 1 || r.Granted[0] != id {
+		t.Errorf("%+v", r)
+	}
+	// Two that refused must both agree; what one of them granted is not lost.
+	brief.Refused, revoked = []string{id, idOf(t, ready.KeyServers[0])}, true
+	k := &fakeKernel{}
+	if r := Attempt(t.Context(), log, brief, k); r.OK || r.ErrorKind != status.ErrorRefused || k.mapped != nil || len(r.Granted) != 1 || !strings.Contains(r.Error, "strict") {
+		t.Errorf("%+v", r)
+	}
+	revoked = false
+	if r := Attempt(t.Context(), log, brief, k); !r.OK || len(r.Granted) != 2 {
+		t.Errorf("%+v", r)
+	}
+}
+
+func idOf(t *testing.T, k settings.KeyServer) string {
+	t.Helper()
+	key, err := identity.ParsePublic(k.HostKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return identity.Fingerprint(key)
 }
 
 // TestOnlyArgon2 would need the memory of a larger board.
