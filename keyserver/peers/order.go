@@ -21,7 +21,7 @@ const (
 	// appliance. There is no verb that allows one.
 	Verb = "peer-revoke"
 	// MaxOrder bounds an order on the wire, in bytes.
-	MaxOrder = 2048
+	MaxOrder = 4 << 10
 	// MaxText bounds the reason and the name of the person, in bytes.
 	MaxText = 300
 )

@@ -34,7 +34,7 @@ type Pending struct {
 type queue struct{ dir string }
 
 // maxFile bounds a file of the queue, in bytes.
-const maxFile = 8 << 10
+const maxFile = 16 << 10
 
 // maxError bounds what is kept of an error, in bytes.
 const maxError = 500
