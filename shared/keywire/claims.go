@@ -93,6 +93,9 @@ func (c Claims) words() (words []string) {
 }
 
 // isClaimName bounds the names that a request may bring into an error or a log.
+// String is for logs and the audit log: the claims as they were sent.
+func (c Claims) String() string { return strings.Join(c.words(), " ") }
+
 func isClaimName(s string) bool {
 	return s != "" && len(s) <= 16 && !strings.ContainsFunc(s, func(r rune) bool { return !('a' <= r && r <= 'z') })
 }
