@@ -90,7 +90,7 @@ func newSite(t *testing.T, names []string, change func(name string, c *peers.Con
 	}
 	for _, n := range nodes {
 		c := peers.Config{
-			Servers: servers, HostKey: n.key, State: n.state, Log: slog.New(slog.NewTextHandler(testLog{t}, nil)),
+			Servers: servers, HostKey: n.key, State: n.state, Log: quiet(t),
 			Now: time.Now, Revoke: n.revoke, Retry: time.Millisecond, RetryMax: 20 * time.Millisecond, Poll: 5 * time.Millisecond,
 		}
 		if change != nil {
@@ -104,6 +104,9 @@ func newSite(t *testing.T, names []string, change func(name string, c *peers.Con
 	return nodes
 }
 
+// quiet logs to the test.
+func quiet(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(testLog{t}, nil)) }
+
 type testLog struct{ t *testing.T }
 
 func (l testLog) Write(b []byte) (int, error) {
@@ -116,7 +119,7 @@ func (n *node) serve(t *testing.T) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &sshverb.Server{
-		HostKey: n.key, Log: slog.New(slog.NewTextHandler(testLog{t}, nil)),
+		HostKey: n.key, Log: quiet(t),
 		Authorise: func(key ssh.PublicKey, _ net.Addr) (*ssh.Permissions, error) {
 			name, ok := n.peers.Authorise(key)
 			if !ok {
@@ -462,4 +465,3 @@ func FuzzParseOrder(f *testing.F) {
 		}
 	})
 }
-
