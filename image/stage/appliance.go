@@ -18,7 +18,9 @@ func (a *Appliance) Boot(ctx context.Context) error {
 	pi, err := emulate.Start(ctx, emulate.Config{
 		Machine: a.Machine, Image: a.Card, Disk: a.Disk, DiskServer: a.DiskServer, Relay: a.Relay,
 		// The emulated Pi 3's own watchdog resets the machine as soon as it is opened.
-		Append: "farkeep.watchdog=softdog", HostForward: a.Forward, Console: a.stage.o.Console, Logger: a.stage.o.Log,
+		// When that one fires, on a host that has no time for its machine, a board
+		// boots again.
+		Append: "farkeep.watchdog=softdog", FollowRestarts: true, HostForward: a.Forward, Console: a.stage.o.Console, Logger: a.stage.o.Log,
 	})
 	if err != nil {
 		return err
