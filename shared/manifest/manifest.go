@@ -283,8 +283,15 @@ func (m *Writer) Add(e Entry) error {
 		m.err = fmt.Errorf("write manifest entry %d: %w", index, err)
 		return m.err
 	}
-	shared := commonPrefix(previous, e.Path)
-	b := append(m.buf[:0], byte(e.Kind))
+	m.buf = appendEntry(m.buf[:0], &e, commonPrefix(previous, e.Path))
+	_, m.err = m.w.Write(m.buf)
+	return m.err
+}
+
+// appendEntry encodes e, whose path has its first shared bytes in common with the
+// entry before.
+func appendEntry(b []byte, e *Entry, shared int) []byte {
+	b = append(b, byte(e.Kind))
 	b = binary.AppendUvarint(b, uint64(shared))
 	b = binary.AppendUvarint(b, uint64(len(e.Path)-shared))
 	b = append(b, e.Path[shared:]...)
@@ -294,9 +301,7 @@ func (m *Writer) Add(e Entry) error {
 		b = binary.AppendUvarint(b, uint64(e.Size))
 		b = append(b, e.Sum[:]...)
 	}
-	m.buf = b
-	_, m.err = m.w.Write(b)
-	return m.err
+	return b
 }
 
 // Close ends the manifest and returns what it holds. It does not close the

@@ -74,10 +74,18 @@ func (m *Reader) next() (e Entry, err error) {
 	if tag == tagEnd {
 		return e, m.end()
 	}
-	e.Kind = Kind(tag)
-	if e.Kind != File && e.Kind != Folder {
-		return e, fmt.Errorf("kind %q is neither file nor folder", tag)
+	if e, err = m.entry(Kind(tag)); err != nil {
+		return e, err
 	}
+	return e, m.l.add(&e)
+}
+
+// entry reads what follows an entry's kind.
+func (m *Reader) entry(kind Kind) (e Entry, err error) {
+	if kind != File && kind != Folder {
+		return e, fmt.Errorf("kind %q is neither file nor folder", byte(kind))
+	}
+	e.Kind = kind
 	if e.Path, err = m.readPath(); err != nil {
 		return e, err
 	}
@@ -101,7 +109,7 @@ func (m *Reader) next() (e Entry, err error) {
 			return e, err
 		}
 	}
-	return e, m.l.add(&e)
+	return e, nil
 }
 
 func (m *Reader) readPath() (string, error) {
