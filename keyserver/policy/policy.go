@@ -161,10 +161,11 @@ func (j *judgement) decide() Decision {
 	switch n.Standing.State {
 	case Enabled:
 	case Revoked:
-		if n.Told.IsZero() {
-			n.Told = j.f.Now
+		d := j.refuse(ReasonRevoked)
+		if n.Told.IsZero() { // which is news of its own
+			n.Told, d.Unexpected = j.f.Now, false
 		}
-		return j.refuse(ReasonRevoked)
+		return d
 	default:
 		return j.refuse(ReasonNoStanding)
 	}

@@ -64,9 +64,12 @@ func (j *judgement) where() whereabouts {
 // appliance that has never been reached otherwise, or where a person said so.
 func (j *judgement) known(n place.Network) bool {
 	return slices.ContainsFunc(j.next.Networks, func(k KnownNetwork) bool {
-		return k.Same(n) && j.f.Now.Wall.Sub(k.Last) <= NetworkMemory && (!n.IsRelay() || k.How != "first" || !j.direct())
+		return k.Same(n) && j.f.Now.Wall.Sub(k.Last) <= NetworkMemory && (!n.IsRelay() || k.asked() || !j.direct())
 	})
 }
+
+// asked reports whether a person has said that the appliance may be there.
+func (k KnownNetwork) asked() bool { return k.How == "approved" || k.How == "expected" }
 
 // direct reports whether the appliance was ever reached without a relay.
 func (j *judgement) direct() bool {
@@ -105,7 +108,7 @@ func (j *judgement) settle(w whereabouts, how string) {
 		how = "first"
 	case placeFollowed:
 		how = "followed"
-		if w.network.IsRelay() {
+		if w.network.IsRelay() && j.direct() {
 			return // trusted for now, and not known from now on
 		}
 	}
