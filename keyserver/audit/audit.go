@@ -49,6 +49,8 @@ const (
 	current  = "audit.log"
 	headName = "audit.head"
 	lockName = "audit.lock"
+	// minFree is how much room Check wants, in bytes: some hundred records.
+	minFree = 256 << 10
 	// eventTorn follows the rest of a line that a power cut left unfinished.
 	eventTorn = "torn"
 )
@@ -159,6 +161,77 @@ func (l *Log) Append(r Record) (head string, err error) {
 		_ = l.rotate()
 	}
 	return hash(last), nil
+}
+
+// Newest is the number of the newest record, 0 for none.
+func (l *Log) Newest() (uint64, error) {
+	unlock, err := lockForReading(l.dir)
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
+	t, err := l.end()
+	if err != nil || t.last == nil {
+		return 0, err
+	}
+	var r Record
+	if err := json.Unmarshal(t.last, &r); err != nil || r.Seq == 0 {
+		return 0, fmt.Errorf("%w: its last line is not a record", ErrDamaged)
+	}
+	return r.Seq, nil
+}
+
+// end is how the log ends.
+func (l *Log) end() (ending, error) {
+	f, err := os.Open(filepath.Join(l.dir, current))
+	if errors.Is(err, fs.ErrNotExist) {
+		return l.endOfPredecessor()
+	}
+	if err != nil {
+		return ending{}, fmt.Errorf("read the audit log: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return ending{}, fmt.Errorf("read the audit log: %w", err)
+	}
+	t, err := tail(f, info.Size())
+	if err == nil && t.last == nil {
+		return l.endOfPredecessor()
+	}
+	return t, err
+}
+
+// Check reports what would keep the next record from being written, as far as
+// that shows beforehand: a damaged end, rights, a disk without room.
+func (l *Log) Check() error {
+	unlock, err := lock(l.dir, unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	t, err := l.end()
+	if err != nil {
+		return err
+	}
+	if err := l.matchHead(t); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(filepath.Join(l.dir, current), os.O_WRONLY|os.O_APPEND, 0)
+	switch {
+	case err == nil:
+		f.Close()
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("append to the audit log: %w", err)
+	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(l.dir, &disk); err != nil {
+		return fmt.Errorf("look at the audit log's disk: %w", err)
+	}
+	if free := disk.Bavail * uint64(disk.Bsize); free < minFree {
+		return fmt.Errorf("the audit log's disk has %d bytes left: without a record there is no key", free)
+	}
+	return nil
 }
 
 // follows reports whether line is the record after last.

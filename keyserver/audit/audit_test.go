@@ -48,7 +48,13 @@ func TestChain(t *testing.T) {
 	if s, err := audit.Verify(dir); err != nil || s.Records != 0 {
 		t.Errorf("an empty log: %+v, %v", s, err)
 	}
+	if n, err := l.Newest(); n != 0 || err != nil || l.Check() != nil {
+		t.Errorf("an empty log: newest %d, %v, %v", n, err, l.Check())
+	}
 	heads := fill(t, l, 5)
+	if n, err := l.Newest(); n != 5 || err != nil || l.Check() != nil {
+		t.Errorf("newest %d, %v, %v", n, err, l.Check())
+	}
 	s, err := audit.Verify(dir, heads...)
 	if err != nil || s.Records != 5 || s.First != 1 || s.Head != heads[4] || s.Heads != 5 {
 		t.Errorf("got %+v, %v", s, err)
@@ -329,6 +335,9 @@ func TestRotation(t *testing.T) {
 	l, dir := open(t)
 	l.RotateAt = 2000
 	heads := fill(t, l, 40)
+	if n, err := l.Newest(); n != 40 || err != nil {
+		t.Errorf("newest %d, %v", n, err)
+	}
 	if n := len(glob(t, dir)); n < 4 {
 		t.Fatalf("%d files; want several", n)
 	}
@@ -419,6 +428,9 @@ func TestNoRecordWhenTheDiskIsFull(t *testing.T) {
 	if !errors.Is(err, unix.ENOSPC) {
 		t.Fatalf("after %d records: %v; want ENOSPC", n, err)
 	}
+	if full.Check() == nil {
+		t.Error("Check does not see the full disk")
+	}
 	if s, err := audit.Verify(small); err != nil || s.Records != uint64(n) {
 		t.Errorf("what was written before is whole: %+v, %v; want %d records", s, err, n)
 	}
@@ -435,6 +447,9 @@ func TestUnwritable(t *testing.T) {
 	}
 	if _, err := l.Append(audit.Record{Event: "key", Decision: "granted"}); err == nil {
 		t.Error("a record was accepted that cannot be written")
+	}
+	if l.Check() == nil {
+		t.Error("Check does not see it")
 	}
 	if _, err := audit.Open(filepath.Join(dir, "none"), clock); err == nil {
 		t.Error("a folder that does not exist was opened")
