@@ -186,6 +186,9 @@ func (t *targetStatus) show(env *Env, now time.Time) {
 	if d.Error != "" {
 		fmt.Fprintf(env.Stdout, "  disk error: %s\n", d.Error)
 	}
+	if !d.LeaseUntil.IsZero() {
+		fmt.Fprintf(env.Stdout, "  open until %s unless a key server renews its lease\n", d.LeaseUntil.UTC().Format(time.DateTime))
+	}
 	if !s.ClockSet {
 		fmt.Fprintln(env.Stdout, "  its clock is not set")
 	}

@@ -15,6 +15,8 @@ const (
 	diskHung       = "disk-hung"
 	diskFailing    = "disk-failing"
 	unlockRefused  = "unlock-refused"
+	leaseRefused   = "lease-refused"
+	leaseExpired   = "lease-expired"
 	unreachable    = "key-server-unreachable"
 	wrongKey       = "wrong-key"
 	badHeader      = "bad-header"
@@ -128,13 +130,41 @@ var catalogue = []entry{
 	{
 		kind: unlockRefused, title: "disk key REFUSED", clear: "disk key is granted again",
 		meaning: []string{
-			"The key server knows this appliance and does not give it the key: it was revoked, or its policy does not allow this request.",
-			"If that was you: the appliance stays dark, as it should. It keeps asking, and it keeps this alarm.",
+			"The key server knows this appliance and does not give it the key: it was revoked, its policy does not allow this request, or a person has to approve it, because the appliance was silent for long, is in another place, or showed an old token.",
+			"Somebody made a copy of the SD card and used it: then one of the two is told so.",
+			"If it was revoked by you: the appliance stays dark, as it should. It keeps asking, and it keeps this alarm.",
 		},
 		todo: []string{
-			"On the key server read its audit log: it says what was refused, and why.",
-			"If the appliance is where it belongs: `farkeep-keyserver allow NAME`.",
-			"If it is not, leave it revoked, and void its other identities (docs/threat-model.md lists them).",
+			"On the key server run `farkeep-keyserver list` and `farkeep-keyserver audit`: they say what waits, what was refused, and why.",
+			"If the appliance is where it belongs: `farkeep-keyserver approve NAME --reason WHY`, or `farkeep-keyserver allow NAME` if it was revoked.",
+			"If it is not, revoke it, and void its other identities (docs/threat-model.md lists them).",
+		},
+	},
+	{
+		kind: leaseRefused, title: "disk was closed: consent REFUSED", clear: "disk is open again with consent",
+		meaning: []string{
+			"The key server that is named above no longer agrees that this disk is open. Sessions were ended, the file system was unmounted, the key left the kernel and the disk has no power, unless something else is said above.",
+			"The appliance was revoked: if that was you, this mail says that it worked.",
+			"The appliance is in another place than before, or showed an old token: its card was copied.",
+			"No other key server's key opens the disk until this one grants again; the SD card remembers that.",
+		},
+		todo: []string{
+			"On the key server run `farkeep-keyserver list` and `farkeep-keyserver audit`: they say who decided what, and why.",
+			"If the appliance is where it belongs: `farkeep-keyserver allow NAME`, then `ssh APPLIANCE wake`.",
+			"If it was stolen, void its other identities too (docs/threat-model.md lists them).",
+		},
+	},
+	{
+		kind: leaseExpired, title: "disk was closed: nobody renewed its lease", clear: "disk is open again with consent",
+		meaning: []string{
+			"No key server has answered for as long as a lease lasts (`key_policy.lease` in site.toml, 24 h). The disk was closed in order and has no power.",
+			"Home has no line or no power, the VPN is down, or the key server does not run.",
+			"Somebody took the running appliance away from its line.",
+		},
+		todo: []string{
+			"At home: is `farkeep-keyserver serve` running, and does `wg show` know the appliance's handshake?",
+			"The disk is opened again, in its window or by a push, when any key server consents; nothing is to be done at the appliance.",
+			"If nobody knows where the appliance is: `farkeep-keyserver revoke NAME`.",
 		},
 	},
 	{

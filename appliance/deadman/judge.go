@@ -247,6 +247,7 @@ var diskKinds = map[string]string{
 
 func (j *judge) disk() {
 	d := j.see.Disk
+	j.consent(d)
 	if d == nil {
 		j.unknown[diskFull], j.unknown[diskFailing] = true, true
 		for _, kind := range diskKinds {
@@ -255,6 +256,7 @@ func (j *judge) disk() {
 		return
 	}
 	switch {
+	case d.ErrorKind == status.ErrorLeaseRefused, d.ErrorKind == status.ErrorLeaseExpired:
 	case d.ErrorKind != "":
 		kind := cmp.Or(diskKinds[d.ErrorKind], diskFailing)
 		facts := []fact{{"what happened", line(d.Error)}}
@@ -281,6 +283,44 @@ func (j *judge) disk() {
 		j.find(diskFull, "", fact{"used", fmt.Sprintf("%d %% of %s", used/max(d.TotalBytes/100, 1), size(d.TotalBytes))},
 			fact{"free", size(d.FreeBytes)}, fact{"threshold", fmt.Sprintf("%d %%", j.set.DiskFullPercent)})
 	}
+}
+
+// closingTime is how long a disk may take to close before a mail says that it is
+// still open.
+const closingTime = 2 * time.Minute
+
+// consent judges a disk that is kept dark, whatever else went wrong with it.
+func (j *judge) consent(d *status.Disk) {
+	if d == nil || d.Dark == "" && !d.Unlocked && !d.Mounted {
+		// Not seen, or dark for another reason, or since a start: not known to be over.
+		j.unknown[leaseRefused], j.unknown[leaseExpired] = true, true
+		return
+	}
+	kind := map[string]string{status.DarkRefused: leaseRefused, status.DarkExpired: leaseExpired}[d.Dark]
+	if kind == "" {
+		return
+	}
+	if d.Unlocked && j.see.Now.Sub(d.FailingSince).Abs() < closingTime {
+		j.unknown[kind] = true // it is being closed
+		return
+	}
+	var facts []fact
+	for _, r := range d.Refused[:min(len(d.Refused), maxListed)] {
+		facts = append(facts, fact{"refused by", line(r.Server)})
+		if j.see.clockSure() {
+			facts = append(facts, fact{"since", stamp(r.Since)})
+		}
+	}
+	state := line(d.State)
+	switch {
+	case d.Unlocked:
+		state += ", STILL UNLOCKED"
+	case d.Power:
+		state += ", locked, with power"
+	default:
+		state += ", locked, without power"
+	}
+	j.find(kind, "", append(facts, fact{"disk", state})...)
 }
 
 func (j *judge) clock() {

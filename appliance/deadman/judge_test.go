@@ -327,6 +327,58 @@ func TestDisk(t *testing.T) {
 	}
 }
 
+// A disk that was closed for lack of consent is told once, when it is dark, with
+// who refused; and once more when it is open again.
+func TestConsent(t *testing.T) {
+	for _, tt := range []struct {
+		dark    string
+		kind    string
+		refused []status.Refusal
+		want    string
+		says    []string
+	}{
+		{status.DarkRefused, status.ErrorLeaseRefused, []status.Refusal{{Server: "home\r\nBcc: x", Since: t0}}, "attic disk was closed: consent REFUSED", []string{"home  Bcc: x", "off, locked, without power", "farkeep-keyserver allow NAME"}},
+		{status.DarkExpired, status.ErrorLeaseExpired, nil, "attic disk was closed: nobody renewed its lease", []string{"off, locked, without power"}},
+	} {
+		t.Run(tt.dark, func(t *testing.T) {
+			w := newWorld(t)
+			good := w.facts.Disk
+			closing := &status.Disk{State: status.DiskClosing, Power: true, Unlocked: true, Mounted: true, Dark: tt.dark, ErrorKind: tt.kind, Error: "closed", Refused: tt.refused, FailingSince: w.now}
+			w.facts.Disk = closing
+			w.look()
+			w.want() // a moment: the mail shall say that it is dark
+			w.facts.Disk = &status.Disk{State: status.DiskOff, Dark: tt.dark, ErrorKind: tt.kind, Error: "closed", Refused: tt.refused, FailingSince: w.now}
+			w.look()
+			for _, text := range tt.says {
+				if !strings.Contains(w.mails[0].Body, text) {
+					t.Errorf("the mail does not say %q:\n%s", text, w.mails[0].Body)
+				}
+			}
+			w.want(tt.want)
+			// The check-in is granted again and the key waits for a person.
+			w.facts.Disk = &status.Disk{State: status.DiskOff, Dark: tt.dark, ErrorKind: status.ErrorRefused, Error: "held", Refused: tt.refused, FailingSince: w.now}
+			w.look()
+			w.want("attic disk key REFUSED")
+			// Over a reboot a lease that ran out is forgotten: that is no all-clear.
+			w.outage(time.Minute)
+			w.facts.Disk = &status.Disk{State: status.DiskOff}
+			w.run(2 * hour)
+			w.want()
+			w.facts.Disk = good
+			w.look()
+			w.want("attic disk is open again with consent", "attic disk key is granted again")
+			// One that cannot be closed is told as well, and that it is open.
+			closing.FailingSince = w.now
+			w.facts.Disk = closing
+			w.run(10 * time.Minute)
+			if !strings.Contains(w.mails[0].Body, "STILL UNLOCKED") {
+				t.Error(w.mails[0].Body)
+			}
+			w.want(tt.want)
+		})
+	}
+}
+
 func TestDiskFull(t *testing.T) {
 	w := newWorld(t)
 	at := func(percent float64) {

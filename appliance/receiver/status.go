@@ -74,10 +74,15 @@ func read[T any](r *receiver, path string) *T {
 }
 
 func diskState(d *status.Disk) pushwire.DiskState {
-	return pushwire.DiskState{
+	s := pushwire.DiskState{
 		State: d.State, Power: d.Power, Unlocked: d.Unlocked, Mounted: d.Mounted, Since: d.Since,
 		ExposureMinutes: d.ExposureMinutes, Error: d.Error, TotalBytes: d.TotalBytes, FreeBytes: d.FreeBytes,
+		HeaderDigest: d.HeaderDigest, LeaseUntil: d.LeaseUntil, LeaseServer: d.LeaseServer, Dark: d.Dark,
 	}
+	for _, r := range d.Refused {
+		s.RefusedBy = append(s.RefusedBy, r.Server)
+	}
+	return s
 }
 
 // describe writes a status for a person.
@@ -99,6 +104,12 @@ func describe(s pushwire.Status) string {
 		row("disk", "%s: %s", s.Disk.State, s.Disk.Error)
 	} else {
 		row("disk", "%s", s.Disk.State)
+	}
+	if !s.Disk.LeaseUntil.IsZero() {
+		row("lease", "until %s, renewed by %s", when(s.Disk.LeaseUntil), orUnknown(s.Disk.LeaseServer))
+	}
+	if len(s.Disk.RefusedBy) > 0 {
+		row("consent", "refused by %s: dark until it grants again", strings.Join(s.Disk.RefusedBy, " and "))
 	}
 	if s.Disk.TotalBytes > 0 {
 		row("space", "%s free of %s", size(s.Disk.FreeBytes), size(s.Disk.TotalBytes))

@@ -70,8 +70,10 @@ type OfferAnswer struct {
 	NeedBytes  int64  `json:"need_bytes,omitempty"` // AnswerSend: their size
 	Kept       int64  `json:"kept,omitempty"`       // AnswerSend: files already there from a push that was cut
 	Base       string `json:"base,omitempty"`       // AnswerSend: the generation that recipes copy from; "" for none
-	// BaseDigest is the digest of Base's manifest, hex: the pusher knows by it
-	// whether it remembers what Base holds.
+	// BaseDigest is the digest of a manifest that is here, hex. AnswerSendManifest:
+	// a delta of it will do (package manifest). AnswerSend: it is Base's, and the
+	// pusher knows by it whether it remembers what Base holds; "" while copies of Base
+	// would only be refused.
 	BaseDigest string    `json:"base_digest,omitempty"`
 	Resume     []Partial `json:"resume,omitempty"` // AnswerSend: files of which the beginning is there
 	// Heal says that nothing changed: what is needed are files of the newest
@@ -162,6 +164,13 @@ type DiskState struct {
 	Error           string    `json:"error,omitempty"`
 	TotalBytes      int64     `json:"total_bytes"`
 	FreeBytes       int64     `json:"free_bytes"`
+	// HeaderDigest is the fingerprint of the LUKS header (luksheader) when it was
+	// last opened.
+	HeaderDigest string    `json:"header_digest,omitempty"`
+	LeaseUntil   time.Time `json:"lease_until,omitzero"`   // closed then, unless a key server renews it
+	LeaseServer  string    `json:"lease_server,omitempty"` // the one that renewed it last
+	Dark         string    `json:"dark,omitempty"`         // "refused" or "expired": kept dark for lack of consent
+	RefusedBy    []string  `json:"refused_by,omitempty"`   // key servers, until they grant again
 }
 
 // Status is what an appliance says of itself.
