@@ -6,7 +6,7 @@ GO       ?= go
 FUZZTIME ?= 30s
 KILLS    ?= 500
 CUTS     ?= 50
-NEEDS    := qemu-system-arm borgbackup rsync openssh-client openssh-server cryptsetup-bin \
+NEEDS    := qemu-system-arm qemu-system-x86 mmdebstrap borgbackup rsync openssh-client openssh-server cryptsetup-bin \
             fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd \
             rclone restic
 

@@ -13,6 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Turn waits, for as long as patience says, until no other emulated machine runs on this host, and returns the
+// function that gives the turn back. It is for machines that other packages start; Start takes its own.
+func Turn(ctx context.Context, patience time.Duration, log *slog.Logger) (func(), error) {
+	return turn(ctx, lockPath(), patience, log)
+}
+
 // turn waits until no other emulated machine runs on this host, and returns the function that gives the turn
 // back.
 //
