@@ -242,6 +242,7 @@ func (p *Peers) Run(ctx context.Context) {
 	for _, o := range p.peers {
 		wait.Go(func() { p.attend(ctx, o) })
 	}
+	<-ctx.Done() // also where there is nobody to deliver to
 	wait.Wait()
 }
 
