@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strings"
 	"text/template"
 	"time"
@@ -105,32 +106,95 @@ func (d *Document) replace(text []byte) error {
 }
 
 // SetLUKS records the LUKS UUID of an appliance's disk. Where the appliance has
-// another one already, that is replaced: a new disk took its place.
+// another one already, that is replaced: a new disk took its place, and what was
+// known of the old one's header goes.
 func (d *Document) SetLUKS(appliance, uuid string) error {
-	index := -1
-	for i, a := range d.site.Appliances {
-		if a.Name == appliance {
-			index = i
-		}
-	}
-	if index < 0 {
-		return fmt.Errorf("%s: there is no appliance %q", d.name, appliance)
-	}
 	if !settings.IsLUKSUUID(uuid) {
 		return fmt.Errorf("record the disk of %s: %q is not a LUKS UUID", appliance, uuid)
 	}
-	if d.site.Appliances[index].LUKS == uuid {
+	a, ok := d.site.Appliance(appliance)
+	if !ok {
+		return d.unknown(appliance)
+	}
+	if a.LUKS == uuid {
 		return nil
 	}
+	was := *d
+	err := d.set(appliance, "luks_uuid", uuid, func(a *Appliance) { a.LUKS = uuid })
+	if err == nil && a.LUKSHeader != "" {
+		err = d.set(appliance, "luks_header", "", func(a *Appliance) { a.LUKSHeader = "" })
+	}
+	if err != nil {
+		*d = was
+	}
+	return err
+}
+
+// SetLUKSHeader records the fingerprint of the header that the backups of an
+// appliance's disk hold.
+func (d *Document) SetLUKSHeader(appliance, fingerprint string) error {
+	return d.set(appliance, "luks_header", fingerprint, func(a *Appliance) { a.LUKSHeader = fingerprint })
+}
+
+// SetIdentity gives an appliance other public keys; "" leaves one as it is.
+func (d *Document) SetIdentity(appliance, hostKey, clientKey, vpnKey string) error {
+	was := *d
+	for _, k := range []struct {
+		name, value string
+		field       func(*Appliance) *string
+	}{
+		{"host_key", hostKey, func(a *Appliance) *string { return &a.HostKey }},
+		{"client_key", clientKey, func(a *Appliance) *string { return &a.ClientKey }},
+		{"vpn_key", vpnKey, func(a *Appliance) *string { return &a.VPNKey }},
+	} {
+		if k.value == "" {
+			continue
+		}
+		if err := d.set(appliance, k.name, k.value, func(a *Appliance) { *k.field(a) = k.value }); err != nil {
+			*d = was
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *Document) unknown(appliance string) error {
+	return fmt.Errorf("%s: there is no appliance %q", d.name, appliance)
+}
+
+// set gives a key of an appliance's entry a value, and what a person wrote stays.
+// mean does to the site what the text is meant to do; if it would be read
+// otherwise, nothing is changed.
+func (d *Document) set(appliance, key, value string, mean func(*Appliance)) error {
+	index := slices.IndexFunc(d.site.Appliances, func(a Appliance) bool { return a.Name == appliance })
+	if index < 0 {
+		return d.unknown(appliance)
+	}
+	meant := *d.site
+	meant.Appliances = slices.Clone(meant.Appliances)
+	mean(&meant.Appliances[index])
+	if reflect.DeepEqual(&meant, d.site) {
+		return nil
+	}
+	byHand := fmt.Errorf("%s: the entry of %s is written in a way that cannot be changed safely: set %s = %q there by hand", d.name, appliance, key, value)
 	// Line answers with the key's line, or with the header's where there is none.
-	n := tomlfile.Line(d.text, "appliance", "luks_uuid", index)
+	n := tomlfile.Line(d.text, "appliance", key, index)
 	if n == 0 {
-		return d.byHand(appliance, uuid)
+		return byHand
 	}
 	lines := strings.SplitAfter(string(d.text), "\n")
-	line, end := strings.TrimRight(lines[n-1], "\r\n"), lines[n-1][len(strings.TrimRight(lines[n-1], "\r\n")):]
-	assignment := "luks_uuid = " + settings.Quote(uuid)
-	if strings.HasPrefix(strings.TrimSpace(line), "[") {
+	isHeader := func(n int) bool { return strings.HasPrefix(strings.TrimSpace(lines[n-1]), "[") }
+	below := isHeader(n)
+	if below {
+		// Below the disk's UUID, where that stands on a line of its own.
+		if m := tomlfile.Line(d.text, "appliance", "luks_uuid", index); m > 0 && !isHeader(m) {
+			n = m
+		}
+	}
+	line := strings.TrimRight(lines[n-1], "\r\n")
+	end := lines[n-1][len(line):]
+	assignment := key + " = " + settings.Quote(value)
+	if below {
 		if end == "" {
 			end = "\n"
 		}
@@ -139,26 +203,11 @@ func (d *Document) SetLUKS(appliance, uuid string) error {
 		lines[n-1] = assignment + end
 	}
 	changed, err := ParseDocument(d.name, []byte(strings.Join(lines, "")))
-	if err != nil || !d.differsOnlyIn(changed, index, uuid) {
-		return d.byHand(appliance, uuid)
+	if err != nil || !reflect.DeepEqual(changed.site, &meant) {
+		return byHand
 	}
 	*d = *changed
 	return nil
-}
-
-func (d *Document) byHand(appliance, uuid string) error {
-	return fmt.Errorf("%s: the entry of %s is written in a way that cannot be changed safely: set luks_uuid = %q there by hand", d.name, appliance, uuid)
-}
-
-// differsOnlyIn reports whether changed says what d says but for one LUKS UUID.
-func (d *Document) differsOnlyIn(changed *Document, index int, uuid string) bool {
-	if len(changed.site.Appliances) != len(d.site.Appliances) || changed.site.Appliances[index].LUKS != uuid {
-		return false
-	}
-	was := *changed.site
-	was.Appliances = append([]Appliance(nil), was.Appliances...)
-	was.Appliances[index].LUKS = d.site.Appliances[index].LUKS
-	return reflect.DeepEqual(&was, d.site)
 }
 
 // FreeAddress is the lowest address of the VPN that nobody has.

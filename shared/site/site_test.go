@@ -176,6 +176,54 @@ func TestARefusedChangeChangesNothing(t *testing.T) {
 	}
 }
 
+// TestSetOfAppliance: what a command learns about an appliance goes into its entry,
+// and nothing else there changes.
+func TestSetOfAppliance(t *testing.T) {
+	const disk, other = "0b2b2f8e-4c3a-4f6e-9d57-3f1f6a1b2c3d", "1b2b2f8e-4c3a-4f6e-9d57-3f1f6a1b2c3d"
+	d := parse(t, good(t))
+	name := d.Site().Appliances[0].Name
+	fingerprint := strings.Repeat("5a", 32)
+	if err := d.SetLUKS(name, disk); err != nil {
+		t.Fatal(err)
+	}
+	before := string(d.Text())
+	for range 2 {
+		if err := d.SetLUKSHeader(name, fingerprint); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if a := d.Site().Appliances[0]; a.LUKSHeader != fingerprint || a.LUKS != disk {
+		t.Errorf("%+v", a)
+	}
+	line := "luks_header = \"" + fingerprint + "\"\n"
+	if got := string(d.Text()); strings.Replace(got, line, "", 1) != before || !strings.Contains(got, disk+"\"\n"+line) {
+		t.Errorf("the text is now\n%s", got)
+	}
+	// Another disk has another header.
+	if err := d.SetLUKS(name, other); err != nil || d.Site().Appliances[0].LUKSHeader != "" {
+		t.Errorf("%v, %+v", err, d.Site().Appliances[0])
+	}
+	key := d.Site().KeyServers[0].HostKey
+	old := d.Site().Appliances[0]
+	if err := d.SetIdentity(name, "", key, ""); err != nil {
+		t.Fatal(err)
+	}
+	if a := d.Site().Appliances[0]; a.ClientKey != key || a.HostKey != old.HostKey || a.VPNKey != old.VPNKey {
+		t.Errorf("%+v", a)
+	}
+	text := string(d.Text())
+	if err := d.SetIdentity(name, key, "nonsense", ""); err == nil || string(d.Text()) != text {
+		t.Errorf("half an identity: %v", err)
+	}
+	if err := d.SetLUKSHeader(name, "short"); err == nil {
+		t.Error("a fingerprint of five letters")
+	}
+	if err := d.SetLUKSHeader("nowhere", fingerprint); err == nil {
+		t.Error("an appliance that is not there")
+	}
+}
+
+
 func TestSetLUKS(t *testing.T) {
 	plain := good(t)
 	shed := parse(t, plain)
@@ -294,6 +342,9 @@ func TestMistakes(t *testing.T) {
 		{"directory's name", `name = "nas"`, `¶name = "attic"`, "directory_target.name: an appliance has it already"},
 		{"directory's path", `path = "/mnt/nas/farkeep"`, `¶path = "nas"`, "directory_target.path"},
 		{"rate", `rate_limit = \d+`, `¶rate_limit = -1`, "push.rate_limit"},
+		{"rate at night", `rate_limit = 0`, `¶rate_limit = -1`, "push.rate.rate_limit"},
+		{"no hours", `\[\[push.rate\]\]\nhours = .*`, `¶[[push.rate]]`, "push.rate.hours"},
+		{"hours", `hours = "22:00-05:00"`, `¶hours = "22-5"`, "22-5"},
 		{"span", `lock_wait = "2h"`, `¶lock_wait = "two hours"`, "is not a time span"},
 		{"heartbeat", `heartbeat_age = "30h"`, `¶heartbeat_age = "0s"`, "dead_man.heartbeat_age"},
 		{"history", `monthly = 12`, `¶monthly = -2`, "history.monthly: -2 is not between"},
