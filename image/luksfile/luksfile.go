@@ -103,6 +103,21 @@ func TestKey(ctx context.Context, path string, key secret.Bytes) error {
 	return cryptsetup(ctx, []secret.Bytes{key}, "open", "--test-passphrase", "--key-file", "/dev/fd/3", path)
 }
 
+// TestSlot asks cryptsetup whether key opens one key slot of the volume. The error
+// wraps ErrWrongKey when it does not.
+func TestSlot(ctx context.Context, path string, slot int, key secret.Bytes) error {
+	return cryptsetup(ctx, []secret.Bytes{key}, "open", "--test-passphrase", "--key-slot", fmt.Sprint(slot), "--key-file", "/dev/fd/3", path)
+}
+
+// KillSlot wipes a key slot. authority must open another one: cryptsetup asks.
+func KillSlot(ctx context.Context, path string, slot int, authority secret.Bytes) error {
+	return cryptsetup(ctx, []secret.Bytes{authority}, "luksKillSlot", "--batch-mode", "--key-file", "/dev/fd/3", path, fmt.Sprint(slot))
+}
+
+// wrongKey is cryptsetup's exit code for a key that opens nothing
+// (cryptsetup(8), "RETURN CODES").
+const wrongKey = 2
+
 // cryptsetup runs cryptsetup with keys on descriptors from 3 on.
 func cryptsetup(ctx context.Context, keys []secret.Bytes, args ...string) error {
 	program, err := exec.LookPath("cryptsetup")
@@ -147,6 +162,10 @@ func cryptsetup(ctx context.Context, keys []secret.Bytes, args ...string) error 
 	err = cmd.Wait()
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == wrongKey {
+		return fmt.Errorf("cryptsetup %s: %w: %s", args[0], ErrWrongKey, strings.Join(strings.Fields(said.String()), " "))
 	}
 	if err != nil {
 		return fmt.Errorf("cryptsetup %s: %w: %s", args[0], err, strings.Join(strings.Fields(said.String()), " "))
