@@ -200,11 +200,8 @@ type keys struct{ server, recovery secret.Bytes }
 func (r *Request) newKeys(p *Prepared) (*keys, error) {
 	k := &keys{}
 	for _, key := range []*secret.Bytes{&k.server, &k.recovery} {
-		b := make([]byte, keywire.NewKey)
-		rand.Read(b)
-		*key = secret.New(b)
-		// A laptop may refuse: it is asked to keep more in memory than it locks.
-		if err := key.Lock(); err != nil {
+		var err error
+		if *key, err = newKey(); err != nil {
 			k.wipe()
 			return nil, err
 		}
@@ -214,6 +211,18 @@ func (r *Request) newKeys(p *Prepared) (*keys, error) {
 		return nil, err
 	}
 	return k, nil
+}
+
+func newKey() (secret.Bytes, error) {
+	b := make([]byte, keywire.NewKey)
+	rand.Read(b)
+	key := secret.New(b)
+	// A laptop may refuse: it is asked to keep more in memory than it locks.
+	if err := key.Lock(); err != nil {
+		key.Wipe()
+		return secret.Bytes{}, err
+	}
+	return key, nil
 }
 
 func (k *keys) wipe() {
@@ -262,7 +271,10 @@ func (r *Request) finish(ctx context.Context, p *Prepared, k *keys) error {
 	if err := atomicfile.Create(p.Backup, h.Canonical(), 0o600); err != nil {
 		return err
 	}
-	return r.Site.SetLUKS(r.Appliance, p.UUID)
+	if err := r.Site.SetLUKS(r.Appliance, p.UUID); err != nil {
+		return err
+	}
+	return r.Site.SetLUKSHeader(r.Appliance, p.Fingerprint)
 }
 
 // erase removes what could be taken for the disk's content later: the marks of

@@ -318,6 +318,22 @@ func (d *Dir) StoreKey(uuid string, key secret.Bytes) ([]string, error) {
 	return paths, nil
 }
 
+// KeyFiles are the paths of a disk's key in the folders of the key servers,
+// whether it is there or not.
+func (d *Dir) KeyFiles(uuid string) []string {
+	var paths []string
+	for _, dir := range d.keysDirs() {
+		paths = append(paths, filepath.Join(dir, keywire.KeyFile(uuid)))
+	}
+	return paths
+}
+
+// SetLUKSHeader records the fingerprint of the header that was backed up.
+func (d *Dir) SetLUKSHeader(appliance, fingerprint string) error {
+	_, err := d.change(func(doc *site.Document, _ *Report) error { return doc.SetLUKSHeader(appliance, fingerprint) })
+	return err
+}
+
 // SetLUKS records the LUKS UUID of an appliance's disk in site.toml and writes
 // its farkeep.toml, which was incomplete without.
 func (d *Dir) SetLUKS(appliance, uuid string) error {
