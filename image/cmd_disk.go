@@ -26,11 +26,12 @@ and put its two keys where they belong. The first goes to the key servers' folde
 the second, for recovery, with a backup of the header to the operator's folder.`,
 		Example: `  farkeep-image disk show /dev/sdb
   farkeep-image disk prepare /dev/sdb --dir my-site --appliance attic
-  farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic --key-file old.key`,
+  farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic --key-file old.key
+  farkeep-image disk rekey /dev/sdb --dir my-site --appliance attic`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newDiskPrepareCmd(env), newDiskAdoptCmd(env), newDiskShowCmd(env), newDiskCopyCmd(env), newDiskSalvageCmd(env))
+	cmd.AddCommand(newDiskPrepareCmd(env), newDiskAdoptCmd(env), newDiskRekeyCmd(env), newDiskShowCmd(env), newDiskCopyCmd(env), newDiskSalvageCmd(env))
 	return cmd
 }
 

@@ -77,6 +77,46 @@ func TestDiskPrepareAndAdopt(t *testing.T) {
 	}
 }
 
+// TestDiskRekey: the command finds the recovery key, and says what is left to do.
+func TestDiskRekey(t *testing.T) {
+	dir, disk := diskBench(t)
+	code, stdout, stderr := command(t, "disk", "prepare", disk, "--dir", dir, "--appliance", "attic", "--size-for", "1T", "--yes")
+	if code != 0 {
+		t.Fatalf("exit %d, %s", code, stderr)
+	}
+	uuid := strings.TrimSpace(stdout)
+	key := filepath.Join(dir, "keyserver-borg", "keys", uuid+".key")
+	before, err := os.ReadFile(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	code, stdout, stderr = command(t, "disk", "rekey", disk, "--dir", dir, "--appliance", "attic")
+	if code != 0 || strings.TrimSpace(stdout) != uuid {
+		t.Fatalf("exit %d, %q, %s", code, stdout, stderr)
+	}
+	for _, want := range []string{"wiped: 0", "carry " + key, "bundle create", "an older copy of the header", "remove " + key + ".old"} {
+		if !strings.Contains(stderr, want) {
+			t.Errorf("no %q in\n%s", want, stderr)
+		}
+	}
+	now, err := os.ReadFile(key)
+	if err != nil || bytes.Equal(now, before) || bytes.Contains([]byte(stderr), now) {
+		t.Errorf("the key: %v", err)
+	}
+	// The recovery key lies in a safe.
+	recovery := filepath.Join(dir, "operator", uuid+".recovery.key")
+	safe := filepath.Join(t.TempDir(), "safe")
+	if err := errors.Join(os.Rename(recovery, safe), os.Remove(key+".old")); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := command(t, "disk", "rekey", disk, "--dir", dir, "--appliance", "attic"); code != hint.ExitUsage || !strings.Contains(stderr, "--recovery-key") {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	if code, _, stderr := command(t, "disk", "rekey", disk, "--dir", dir, "--appliance", "attic", "--recovery-key", safe); code != 0 {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+}
+
 func TestDiskRefuses(t *testing.T) {
 	dir, disk := diskBench(t)
 	for _, tc := range []struct {
