@@ -127,3 +127,10 @@ func withoutBundle(text string) string {
 	}
 	return out.String()
 }
+
+// SameButBundle reports whether two documents say the same of everything but the bundle.
+func (d *Document) SameButBundle(other *Document) bool {
+	a, b := *d.site, *other.site
+	a.Bundle, b.Bundle = Bundle{}, Bundle{}
+	return reflect.DeepEqual(&a, &b)
+}
