@@ -5,7 +5,10 @@
 //
 // A round asks every server at the same time: a lease while the disk is open, a
 // check-in while it is dark, and, after it was closed for lack of consent, first
-// the word that it is dark. A server that is dead, slow or half reachable costs
+// the word that it is dark. A server that refuses a check-in can be asked for the
+// key in the same breath (Round.Petition), so that the request is listed there
+// and a person can approve it: nothing else is. The disk has no power then, and a
+// key that comes is wiped. A server that is dead, slow or half reachable costs
 // the round keysource.Answer and no other server anything.
 //
 // Silence is no refusal, and neither is a machine that is not the pinned one, a
@@ -29,6 +32,7 @@ import (
 
 	"farkeep/appliance/keysource"
 	"farkeep/appliance/part"
+	"farkeep/appliance/tokens"
 	"farkeep/shared/identity"
 	"farkeep/shared/keywire"
 	"farkeep/shared/secret"
@@ -46,16 +50,20 @@ type Brief struct {
 
 // Round is what one round asks.
 type Round struct {
-	UUID   string   // of the disk
-	Open   bool     // the disk is unlocked: renew its lease; otherwise check in
-	Dark   []string // the servers, by host key, that have to hear that it is dark
-	Tokens map[string]keywire.Token
-	Claims keywire.Claims
+	UUID string   // of the disk
+	Open bool     // the disk is unlocked: renew its lease; otherwise check in
+	Dark []string // the servers, by host key, that have to hear that it is dark
+	// Petition asks servers that refuse a check-in for the key as well.
+	Petition bool
+	Tokens   map[string]keywire.Token
+	Claims   keywire.Claims
 }
 
 // Result is what the servers said, in the order of the settings.
 type Result struct {
 	Answers []Answer `json:"answers"`
+	// Tokens came with keys, by host key.
+	Tokens tokens.Fresh `json:"tokens"`
 }
 
 // Answer is what one server said.
@@ -69,11 +77,15 @@ type Answer struct {
 	Until time.Duration `json:"until"`
 	Renew time.Duration `json:"renew"`
 	Told  bool          `json:"told"`  // it knows that the disk is dark
+	Freed bool          `json:"freed"` // it gave a key: what it refused before is over
 	Error string        `json:"error"` // "" after an answer
 }
 
 // Run is the part consent: one round, one result line.
 func Run(ctx context.Context, env *part.Env) error {
+	if err := keysource.Confine(); err != nil {
+		return err
+	}
 	brief, err := part.Brief[Brief](env)
 	if err != nil {
 		return err
@@ -97,23 +109,31 @@ func Run(ctx context.Context, env *part.Env) error {
 type Asked interface {
 	// Ask makes a request; its error wraps keysource.ErrRefused where the server refused.
 	Ask(ctx context.Context, r keywire.Request) ([]byte, error)
+	// Key asks for the key, with the same errors.
+	Key(ctx context.Context, r keywire.Request) (keysource.Grant, error)
 	ID() string
 	String() string
 }
 
 // Ask makes one round. boottime is CLOCK_BOOTTIME.
 func Ask(ctx context.Context, servers []Asked, r Round, boottime func() time.Duration) Result {
-	answers := make([]Answer, len(servers))
+	got := Result{Answers: make([]Answer, len(servers)), Tokens: tokens.Fresh{}}
+	fresh := make([]keywire.Token, len(servers))
 	var asking sync.WaitGroup
 	for i, s := range servers {
-		asking.Go(func() { answers[i] = one(ctx, s, r, boottime) })
+		asking.Go(func() { got.Answers[i], fresh[i] = one(ctx, s, r, boottime) })
 	}
 	asking.Wait()
-	return Result{answers}
+	for i, t := range fresh {
+		if t != "" {
+			got.Tokens[servers[i].ID()] = t
+		}
+	}
+	return got
 }
 
-func one(ctx context.Context, s Asked, r Round, boottime func() time.Duration) Answer {
-	a := Answer{Server: s.String(), ID: s.ID()}
+func one(ctx context.Context, s Asked, r Round, boottime func() time.Duration) (a Answer, fresh keywire.Token) {
+	a = Answer{Server: s.String(), ID: s.ID()}
 	if slices.Contains(r.Dark, a.ID) && !r.Open {
 		text, err := s.Ask(ctx, keywire.Request{Verb: keywire.Dark, UUID: r.UUID})
 		if err == nil {
@@ -139,10 +159,17 @@ func one(ctx context.Context, s Asked, r Round, boottime func() time.Duration) A
 		_, err = keywire.ParseCheckin(text)
 		a.Granted = err == nil
 	}
+	if a.Refused && r.Petition && !r.Open {
+		request.Verb, request.UUID = keywire.Key, r.UUID
+		if g, petition := s.Key(ctx, request); petition == nil {
+			g.Key.Wipe()
+			a.Granted, a.Refused, a.Freed, fresh, err = true, false, true, g.Token, nil
+		}
+	}
 	if err != nil {
 		a.Error = err.Error()
 	}
-	return a
+	return a, fresh
 }
 
 // Boottime is CLOCK_BOOTTIME: the time since the machine started, suspension

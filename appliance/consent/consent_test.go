@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -16,6 +17,7 @@ import (
 	"farkeep/appliance/part"
 	"farkeep/shared/identity"
 	"farkeep/shared/keywire"
+	"farkeep/shared/secret"
 	"farkeep/shared/settings"
 )
 
@@ -47,6 +49,51 @@ func (s *server) Ask(ctx context.Context, r keywire.Request) ([]byte, error) {
 		return nil, fmt.Errorf("%w: exit status 4", keysource.ErrRefused)
 	default:
 		return []byte(text), nil
+	}
+}
+
+func (s *server) Key(ctx context.Context, r keywire.Request) (keysource.Grant, error) {
+	text, err := s.Ask(ctx, r)
+	return keysource.Grant{Key: secret.New(text), Token: "fresh"}, err
+}
+
+// A server that refuses a check-in is asked for the key, so that a person finds
+// the request; one that does not is not.
+func TestPetition(t *testing.T) {
+	const in = `{"appliance":"attic"}`
+	for _, tc := range []struct {
+		name  string
+		open  bool
+		says  map[keywire.Verb]string
+		want  Answer
+		asked []keywire.Verb
+	}{
+		{"held", false, map[keywire.Verb]string{keywire.CheckIn: "", keywire.Key: ""}, Answer{Refused: true}, []keywire.Verb{keywire.CheckIn, keywire.Key}},
+		{"approved", false, map[keywire.Verb]string{keywire.CheckIn: "", keywire.Key: "the key"}, Answer{Granted: true, Freed: true}, []keywire.Verb{keywire.CheckIn, keywire.Key}},
+		{"gone meanwhile", false, map[keywire.Verb]string{keywire.CheckIn: ""}, Answer{Refused: true}, []keywire.Verb{keywire.CheckIn, keywire.Key}},
+		{"allowed again", false, map[keywire.Verb]string{keywire.CheckIn: in}, Answer{Granted: true}, []keywire.Verb{keywire.CheckIn}},
+		{"dead", false, nil, Answer{}, []keywire.Verb{keywire.CheckIn}},
+		{"open", true, map[keywire.Verb]string{keywire.Renew: ""}, Answer{Refused: true}, []keywire.Verb{keywire.Renew}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := &server{name: "home", says: tc.says}
+			r := Ask(t.Context(), []Asked{s}, Round{UUID: uuid, Open: tc.open, Petition: true, Tokens: map[string]keywire.Token{s.ID(): "tok"}}, Boottime)
+			got := r.Answers[0]
+			tc.want.Server, tc.want.ID, got.Error = "home", s.ID(), ""
+			if got != tc.want || len(r.Tokens) != 0 != tc.want.Freed || tc.want.Freed && r.Tokens[s.ID()] != "fresh" {
+				t.Errorf("%+v with %d tokens, want %+v", got, len(r.Tokens), tc.want)
+			}
+			var asked []keywire.Verb
+			for _, a := range s.asked {
+				asked = append(asked, a.Verb)
+				if a.Token != "tok" {
+					t.Error("asked without its token")
+				}
+			}
+			if !slices.Equal(asked, tc.asked) {
+				t.Errorf("asked %v, want %v", asked, tc.asked)
+			}
+		})
 	}
 }
 

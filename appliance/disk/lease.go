@@ -30,7 +30,9 @@ import (
 // While the disk is dark the servers hear a check-in now and then, so that none
 // takes the appliance for lost; a check-in that is refused bars the disk as well.
 // The bar itself costs the disk nothing: it stays without power until a check-in
-// was granted. A refusal ends only with a key from the server that refused.
+// was granted. A refusal ends only with a key from the server that refused. Where
+// a person has to approve, as for a copied card or another place, the request is
+// listed by asking for the key with the disk dark; a key that comes is thrown away.
 const (
 	// firstLease is how long a key alone keeps the disk open. The first lease is
 	// asked for as soon as the key was there.
@@ -44,6 +46,10 @@ const (
 	checkinPace = 30 * time.Minute
 	barredPace  = 15 * time.Minute
 	expiredPace = time.Minute
+	// petitionPace is how often one that is refused asks for the key too, without
+	// power for the disk, so that the request is listed and can be approved. A wake
+	// does that at once.
+	petitionPace = 6 * time.Hour
 	// silentPace bounds the time between rounds that nobody answered, and askFirst
 	// is the shortest time between two rounds of any kind.
 	silentPace = 5 * time.Minute
@@ -60,6 +66,7 @@ type lease struct {
 	barred   string        // "" or why the disk may not be open: status.DarkRefused, DarkExpired
 	unnoted  bool          // a bar that Book does not know of yet
 	askAt    time.Duration // by Boottime: the next check-in
+	pleadAt  time.Duration // by Boottime: the next that is a petition as well
 	tries    int           // rounds since something changed
 	unheard  bool          // the last round had a server that was silent
 	toldDark bool          // "dark" was sent at least once for this bar
@@ -112,7 +119,7 @@ func (d *Disk) expireLocked() {
 // barLocked forbids the disk to be open: whoever drives it closes it. refusing
 // are the servers that refuse. d.mu is held.
 func (d *Disk) barLocked(why string, refusing []string) {
-	d.barred, d.unnoted, d.tries, d.toldDark = why, true, 0, false
+	d.barred, d.unnoted, d.tries, d.toldDark, d.pleadAt = why, true, 0, false, 0
 	s := &d.now
 	s.Dark = why
 	if s.FailingSince.IsZero() {
@@ -231,6 +238,7 @@ func (d *Disk) due() (consent.Round, bool) {
 	if dark {
 		r.Dark = untold
 	}
+	r.Petition = dark && d.barred == status.DarkRefused && now >= d.pleadAt
 	tell := len(r.Dark) > 0 && !d.toldDark
 	return r, tell || now >= d.askAt
 }
@@ -287,7 +295,7 @@ func (d *Disk) consult(ctx context.Context, r consent.Round) {
 
 // heard acts on the answers of one round.
 func (d *Disk) heard(r consent.Round, got consent.Result) {
-	var refused, granted, told []string
+	var refused, granted, told, freed []string
 	silent := len(got.Answers) == 0
 	var best consent.Answer
 	renewAt := time.Duration(0)
@@ -306,6 +314,9 @@ func (d *Disk) heard(r consent.Round, got consent.Result) {
 		default:
 			silent = true
 			d.cfg.Log.Warn("no consent from this key server, and no refusal", "server", a.Server, "err", a.Error)
+		}
+		if a.Freed {
+			freed = append(freed, a.ID)
 		}
 		if a.Told {
 			told = append(told, a.ID)
@@ -339,9 +350,15 @@ func (d *Disk) heard(r consent.Round, got consent.Result) {
 		d.renewAt = now + backOff(askFirst, silentPace/5, d.tries)
 	}
 	d.askAt = now + d.checkinAfterLocked(silent)
+	if r.Petition && !silent {
+		d.pleadAt = now + petitionPace
+	}
 	d.mu.Unlock()
 
 	// After the bar: closing must not wait for a card.
+	if len(got.Tokens) > 0 || len(freed) > 0 {
+		d.keep(d.cfg.Book.Keep(got.Tokens, freed, false))
+	}
 	if len(refused) > 0 && !containsAll(refusing, refused) {
 		d.keep(d.cfg.Book.Close(refused, time.Now()))
 	}

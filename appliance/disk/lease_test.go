@@ -463,6 +463,35 @@ func TestHeldAfterARefusal(t *testing.T) {
 	})
 }
 
+// In another place, or with a copied card, a person has to approve: the request
+// is listed, without power for the disk, and approved it opens.
+func TestApprovedAfterARefusal(t *testing.T) {
+	m := newMachine()
+	run(t, m, always, func(t *testing.T, d *Disk) {
+		opened(t, m, d)
+		m.set(func() { m.servers["a"].refuses = true })
+		after(6 * time.Minute)
+		want(t, d, status.DiskOff)
+		m.take()
+		if n := m.servers["a"].petitions; n != 1 {
+			t.Errorf("%d requests that could be approved", n)
+		}
+		after(24 * time.Hour)
+		if n := m.servers["a"].petitions; n < 3 || n > 6 {
+			t.Errorf("%d requests in a day", n)
+		}
+		if calls := m.take(); calls != "" {
+			t.Errorf("the disk was touched: %s", calls)
+		}
+		m.set(func() { m.servers["a"].approved = true })
+		d.Wake()
+		after(10 * time.Second)
+		if s := want(t, d, status.DiskMounted); len(s.Refused) != 0 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 // A thousand hours of answers at random: a disk is never open without a lease,
 // nor after a refusal that was heard.
 func TestNeverOpenWithoutConsent(t *testing.T) {

@@ -6,7 +6,7 @@
 // memory the kernel clears (init_on_free=1).
 //
 // The key is in no file, argument, environment or log. The process locks its
-// memory against swapping and allows no core dump and no debugger ([Confine]).
+// memory against swapping and allows no core dump and no debugger ([keysource.Confine]).
 //
 // The LUKS header is checked (package luksheader) before luks.go sees it, and
 // luks.go is given the checked bytes themselves, from memory: a disk that
@@ -79,7 +79,7 @@ type Result struct {
 // Run is the part unlock: one attempt, one result line. Its error is nil when
 // the result, good or bad, was delivered.
 func Run(ctx context.Context, env *part.Env) error {
-	if err := Confine(); err != nil {
+	if err := keysource.Confine(); err != nil {
 		return env.Result(Result{ErrorKind: status.ErrorHung, Error: err.Error(), Hint: hint.Of(err)})
 	}
 	brief, err := part.Brief[Brief](env)
@@ -87,21 +87,6 @@ func Run(ctx context.Context, env *part.Env) error {
 		return err
 	}
 	return env.Result(Attempt(ctx, env.Log, brief, kernel{}))
-}
-
-// Confine keeps this process's memory out of swap, core dumps and debuggers.
-func Confine() error {
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return fmt.Errorf("forbid core dumps: %w", err)
-	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("forbid debuggers: %w", err)
-	}
-	// On fault: Go reserves far more address space than it ever touches.
-	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
-		return hint.Because(fmt.Errorf("lock memory: %w", err), "the service needs CAP_IPC_LOCK or LimitMEMLOCK=infinity")
-	}
-	return nil
 }
 
 // Mapper makes mappings; the kernel is one.
