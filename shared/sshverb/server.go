@@ -24,7 +24,8 @@ type Limits struct {
 	Connections int           // at once; default 16
 	PerKey      int           // of them by one key, so that no key shuts out the others; default half
 	Sessions    int           // at once in one connection; default 8
-	Handshake   time.Duration // TCP accept to authenticated; default 20s
+	Handshakes  int           // at once; who comes later waits for his turn, first come, first served; default: all at once
+	Handshake   time.Duration // its start to authenticated; default 20s
 	Idle        time.Duration // without a byte from the peer, keepalives included; default 2m
 	Stall       time.Duration // a session waiting for the peer to send or take data; default 2m
 	Grace       time.Duration // from the end of a session to that of its connection, if the handler still waits for the peer; default 5s
@@ -44,6 +45,9 @@ func (l Limits) withDefaults() Limits {
 	}
 	if l.Sessions == 0 {
 		l.Sessions = 8
+	}
+	if l.Handshakes == 0 {
+		l.Handshakes = l.Connections
 	}
 	def(&l.Handshake, 20*time.Second)
 	def(&l.Idle, 2*time.Minute)
@@ -160,7 +164,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	var conns sync.WaitGroup
 	defer conns.Wait()
 	slots := make(chan struct{}, limits.Connections)
+	turns := make(turns, limits.Handshakes)
 	var strangers lobby
+	if limits.Handshakes < limits.Connections {
+		strangers.patience = patience
+	}
 	for {
 		conn, err := l.Accept()
 		if err != nil {
@@ -192,32 +200,86 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			}
 		}
 		conns.Add(1)
-		strangers.enter(conn)
+		done, at := turns.try()
+		if at { // here, so that whoever comes next finds it in the lobby
+			strangers.enter(conn)
+		}
 		go func() {
 			defer func() { <-slots; conns.Done() }()
+			if !at {
+				if done, at = turns.wait(ctx); !at {
+					conn.Close()
+					return
+				}
+				strangers.enter(conn)
+			}
+			defer done()
 			defer strangers.leave(conn)
-			s.serveConn(ctx, conn, config, limits, func() { strangers.leave(conn) })
+			s.serveConn(ctx, conn, config, limits, func() { done(); strangers.leave(conn) })
 		}()
 	}
 }
 
+// turns is how many handshakes are under way. Without it, a thousand connections
+// that come at once would all be served a little, and all time out.
+type turns chan struct{}
+
+// patience is how long a handshake keeps its turn: a peer that is slow, or says
+// nothing, goes on without one.
+const patience = 2 * time.Second
+
+// try takes a turn if one is free: not before those who wait, because a channel
+// that has senders waiting is full. done gives it back and may be called more than once.
+func (t turns) try() (done func(), ok bool) {
+	select {
+	case t <- struct{}{}:
+		return t.begin(), true
+	default:
+		return nil, false
+	}
+}
+
+// wait waits for a turn, behind all who came before: those who send to a channel
+// are served in order.
+func (t turns) wait(ctx context.Context) (done func(), ok bool) {
+	select {
+	case t <- struct{}{}:
+		return t.begin(), true
+	case <-ctx.Done():
+		return nil, false
+	}
+}
+
+func (t turns) begin() (done func()) {
+	back := sync.OnceFunc(func() { <-t })
+	slow := time.AfterFunc(patience, back)
+	return func() { slow.Stop(); back() }
+}
+
 // lobby holds the connections that have not authenticated yet, oldest first.
 type lobby struct {
+	patience time.Duration // nobody is shown out sooner
+
 	mu  sync.Mutex
-	all []net.Conn
+	all []stranger
+}
+
+type stranger struct {
+	net.Conn
+	since time.Time
 }
 
 func (l *lobby) enter(c net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.all = append(l.all, c)
+	l.all = append(l.all, stranger{c, time.Now()})
 }
 
 // leave may be called more than once.
 func (l *lobby) leave(c net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.all = slices.DeleteFunc(l.all, func(o net.Conn) bool { return o == c })
+	l.all = slices.DeleteFunc(l.all, func(o stranger) bool { return o.Conn == c })
 }
 
 // makeRoom bounds the wait for a connection that was closed to give its place.
@@ -226,7 +288,7 @@ const makeRoom = time.Second
 // showOut ends the oldest connection and takes its place in slots.
 func (l *lobby) showOut(slots chan<- struct{}) bool {
 	l.mu.Lock()
-	if len(l.all) == 0 {
+	if len(l.all) == 0 || time.Since(l.all[0].since) < l.patience {
 		l.mu.Unlock()
 		return false
 	}
