@@ -49,7 +49,7 @@ const (
 	// petitionPace is how often one that is refused asks for the key too, without
 	// power for the disk, so that the request is listed and can be approved. A wake
 	// does that at once.
-	petitionPace = 6 * time.Hour
+	petitionPace = time.Hour
 	// silentPace bounds the time between rounds that nobody answered, and askFirst
 	// is the shortest time between two rounds of any kind.
 	silentPace = 5 * time.Minute
