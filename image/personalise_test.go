@@ -13,6 +13,7 @@ import (
 	"farkeep/image/sdcard"
 	"farkeep/shared/card"
 	"farkeep/shared/identity"
+	"farkeep/shared/site"
 	"farkeep/shared/tomlfile"
 )
 
@@ -120,6 +121,69 @@ func TestPersonaliseCommandOnAMountedPartition(t *testing.T) {
 	}
 }
 
+// TestPersonaliseReplace: a card for an appliance whose card was lost.
+func TestPersonaliseReplace(t *testing.T) {
+	dir, disk := diskBench(t)
+	if code, _, stderr := command(t, "disk", "prepare", disk, "--dir", dir, "--appliance", "attic", "--size-for", "1T", "--yes"); code != 0 {
+		t.Fatalf("exit %d, %s", code, stderr)
+	}
+	was, err := site.Read(filepath.Join(dir, "site.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	settingsPath := filepath.Join(dir, "appliances", "attic", "farkeep.toml")
+	before, err := os.ReadFile(settingsPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, out := emptyCard(t), filepath.Join(t.TempDir(), "attic.img")
+	code, _, stderr := personalise(t, "--image", image, "--replace", "attic", "--dir", dir, "--out", out)
+	if code != 0 {
+		t.Fatalf("exit %d, %s", code, stderr)
+	}
+	a, _ := was.Appliance("attic")
+	for _, want := range []string{"revoke attic", "wg-quick@farkeep", "mail password of attic", "allow attic", "expect attic", "bundle create", a.VPNKey} {
+		if !strings.Contains(stderr, want) {
+			t.Errorf("no %q in\n%s", want, stderr)
+		}
+	}
+	now, err := site.Read(filepath.Join(dir, "site.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, _ := now.Appliance("attic")
+	if b.HostKey == a.HostKey || b.ClientKey == a.ClientKey || b.VPNKey == a.VPNKey || b.LUKS != a.LUKS || b.VPNAddress != a.VPNAddress {
+		t.Errorf("was %+v\nis %+v", a, b)
+	}
+	f, err := os.Open(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	v, err := sdcard.OpenPartition(f, card.Selector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := os.ReadFile(settingsPath)
+	if got, err2 := v.ReadFile(card.SettingsFile); err != nil || err2 != nil || !bytes.Equal(got, after) || bytes.Equal(got, before) {
+		t.Errorf("the card's settings: %v, %v", err, err2)
+	}
+	// A failure afterwards says how to go on.
+	code, _, stderr = personalise(t, "--image", filepath.Join(dir, "none.img"), "--replace", "attic", "--dir", dir, "--out", filepath.Join(dir, "x.img"))
+	if code == 0 || !strings.Contains(stderr, "go on with --settings "+settingsPath) {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	for _, args := range [][]string{
+		{"--image", image, "--out", out, "--replace", "attic", "--settings", settingsPath},
+		{"--image", image, "--out", out, "--dir", dir, "--settings", settingsPath},
+		{"--image", image, "--out", out, "--replace", "cellar", "--dir", dir},
+	} {
+		if code, _, stderr := personalise(t, args...); code == 0 {
+			t.Errorf("%v: exit %d, %s", args, code, stderr)
+		}
+	}
+}
+
 func TestPersonaliseCommandRefuses(t *testing.T) {
 	settings, text := settingsFile(t)
 	bad := filepath.Join(t.TempDir(), "bad.toml")
@@ -137,7 +201,7 @@ func TestPersonaliseCommandRefuses(t *testing.T) {
 		code int
 		want string
 	}{
-		{"nothing", nil, 1, "settings"},
+		{"nothing", nil, 1, "image"},
 		{"no target", []string{"--settings", settings}, 1, "boot-partition"},
 		{"both targets", []string{"--settings", settings, "--image", "x", "--out", "y", "--boot-partition", "z"}, 1, "boot-partition"},
 		{"image without out", []string{"--settings", settings, "--image", "x"}, 1, "out"},
