@@ -46,10 +46,6 @@ const (
 	checkinPace = 30 * time.Minute
 	barredPace  = 15 * time.Minute
 	expiredPace = time.Minute
-	// petitionPace is how often one that is refused asks for the key too, without
-	// power for the disk, so that the request is listed and can be approved. A wake
-	// does that at once.
-	petitionPace = time.Hour
 	// silentPace bounds the time between rounds that nobody answered, and askFirst
 	// is the shortest time between two rounds of any kind.
 	silentPace = 5 * time.Minute
@@ -66,7 +62,6 @@ type lease struct {
 	barred   string        // "" or why the disk may not be open: status.DarkRefused, DarkExpired
 	unnoted  bool          // a bar that Book does not know of yet
 	askAt    time.Duration // by Boottime: the next check-in
-	pleadAt  time.Duration // by Boottime: the next that is a petition as well
 	tries    int           // rounds since something changed
 	unheard  bool          // the last round had a server that was silent
 	toldDark bool          // "dark" was sent at least once for this bar
@@ -119,7 +114,7 @@ func (d *Disk) expireLocked() {
 // barLocked forbids the disk to be open: whoever drives it closes it. refusing
 // are the servers that refuse. d.mu is held.
 func (d *Disk) barLocked(why string, refusing []string) {
-	d.barred, d.unnoted, d.tries, d.toldDark, d.pleadAt = why, true, 0, false, 0
+	d.barred, d.unnoted, d.tries, d.toldDark = why, true, 0, false
 	s := &d.now
 	s.Dark = why
 	if s.FailingSince.IsZero() {
@@ -238,7 +233,7 @@ func (d *Disk) due() (consent.Round, bool) {
 	if dark {
 		r.Dark = untold
 	}
-	r.Petition = dark && d.barred == status.DarkRefused && now >= d.pleadAt
+	r.Petition = dark && d.barred == status.DarkRefused
 	tell := len(r.Dark) > 0 && !d.toldDark
 	return r, tell || now >= d.askAt
 }
@@ -350,9 +345,6 @@ func (d *Disk) heard(r consent.Round, got consent.Result) {
 		d.renewAt = now + backOff(askFirst, silentPace/5, d.tries)
 	}
 	d.askAt = now + d.checkinAfterLocked(silent)
-	if r.Petition && !silent {
-		d.pleadAt = now + petitionPace
-	}
 	d.mu.Unlock()
 
 	// After the bar: closing must not wait for a card.

@@ -473,11 +473,11 @@ func TestApprovedAfterARefusal(t *testing.T) {
 		after(6 * time.Minute)
 		want(t, d, status.DiskOff)
 		m.take()
-		if n := m.servers["a"].petitions; n != 1 {
+		if n := m.servers["a"].petitions; n < 1 || n > 3 {
 			t.Errorf("%d requests that could be approved", n)
 		}
 		after(24 * time.Hour)
-		if n := m.servers["a"].petitions; n < 18 || n > 27 {
+		if n := m.servers["a"].petitions; n < 90 || n > 130 {
 			t.Errorf("%d requests in a day", n)
 		}
 		if calls := m.take(); calls != "" {

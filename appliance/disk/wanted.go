@@ -71,7 +71,7 @@ func (d *Disk) Wake() status.Disk {
 		d.wakeUntil = now.Add(max(wakePatience, d.cfg.IdleClose))
 	}
 	if d.barred != "" {
-		d.askAt, d.pleadAt = 0, 0 // whoever wakes it may just have allowed it again
+		d.askAt = 0 // whoever wakes it may just have allowed it again
 	}
 	s := d.snapshotLocked()
 	d.mu.Unlock()
