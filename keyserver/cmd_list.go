@@ -3,11 +3,13 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
 	"farkeep/keyserver/keystore"
 	"farkeep/keyserver/policy"
+	"farkeep/keyserver/upgrade"
 	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
@@ -22,6 +24,10 @@ type row struct {
 	Reason    string `json:"reason,omitempty"`
 	Since     string `json:"since,omitempty"`
 	LastKey   string `json:"last_key,omitempty"`
+	LastSeen  string `json:"last_seen,omitempty"`
+	Waiting   int    `json:"waiting,omitempty"` // requests that wait for a person
+	Told      string `json:"told,omitempty"`    // revoked: when it was refused first
+	Dark      string `json:"dark,omitempty"`    // when it said that its disk is dark
 }
 
 func newListCmd(env *Env, where *places) *cobra.Command {
@@ -44,12 +50,17 @@ func newListCmd(env *Env, where *places) *cobra.Command {
 				return enc.Encode(rows)
 			}
 			t := tabwriter.NewWriter(env.Stdout, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(t, "APPLIANCE\tSTATE\tSINCE\tKEY\tLAST KEY\tDISK\tREASON")
+			fmt.Fprintln(t, "APPLIANCE\tSTATE\tSINCE\tKEY\tLAST KEY\tLAST SEEN\tWAITING\tDISK\tREASON")
 			for _, r := range rows {
-				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Appliance, r.State, dash(r.Since), r.Key, dash(r.LastKey), dash(r.UUID), dash(r.Reason))
+				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Appliance, r.State, dash(r.Since), r.Key, dash(r.LastKey), dash(r.LastSeen), waits(r.Waiting), dash(r.UUID), dash(r.Reason))
 			}
 			if err := t.Flush(); err != nil {
 				return err
+			}
+			for _, r := range rows {
+				if r.Waiting > 0 {
+					fmt.Fprintf(env.Stderr, "%s: %s waits for a person: farkeep-keyserver waiting\n", program, r.Appliance)
+				}
 			}
 			for _, e := range unclaimed {
 				fmt.Fprintf(env.Stderr, "%s: there is a key of %s, and no appliance has that disk\n", program, e.UUID)
@@ -59,6 +70,13 @@ func newListCmd(env *Env, where *places) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+func waits(n int) string {
+	if n == 0 {
+		return "-"
+	}
+	return strconv.Itoa(n)
 }
 
 func dash(s string) string {
@@ -103,18 +121,15 @@ func (p *places) rows() (rows []row, unclaimed []keystore.Entry, err error) {
 			}
 			delete(stored, a.LUKS)
 		}
-		standing, err := policies.Standing(a.Name)
+		known, err := upgrade.Read(p.state, policies, a.Name)
 		if err != nil {
 			return nil, nil, err
 		}
-		if standing != nil {
-			r.State, r.Reason, r.Since = standing.State, standing.Reason, stamp(standing.Since)
+		if st := known.Standing; st.State != "" {
+			r.State, r.Reason, r.Since = st.State, st.Reason, stamp(st.Since)
 		}
-		history, err := policies.History(a.Name)
-		if err != nil {
-			return nil, nil, err
-		}
-		r.LastKey = stamp(history.LastKey)
+		r.LastKey, r.LastSeen, r.Waiting = stamp(known.LastKey.Wall), stamp(known.LastSeen.Wall), len(known.Waiting)
+		r.Told, r.Dark = stamp(known.Told.Wall), stamp(known.Dark.Wall)
 		rows = append(rows, r)
 	}
 	for _, e := range entries {

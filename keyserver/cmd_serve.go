@@ -2,12 +2,8 @@ package main
 
 import (
 	"fmt"
-	"net"
 
-	"farkeep/keyserver/audit"
 	"farkeep/keyserver/keystore"
-	"farkeep/keyserver/server"
-	"farkeep/shared/hint"
 	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
@@ -15,7 +11,8 @@ import (
 )
 
 func newServeCmd(env *Env, where *places) *cobra.Command {
-	var listen string
+	var listen, shown string
+	var id identityFlags
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Answer the appliances",
@@ -41,41 +38,26 @@ after a change. Orders (revoke, allow) and new keys (add) count at once.`,
 			if err := keystore.CanLock(); err != nil {
 				return err
 			}
-			if err := noDumps(); err != nil {
+			if err := noDumps(); err != nil { // before the identity is read
 				return err
 			}
-			policies, records, err := where.openState(env.Now)
-			if err != nil {
-				return err
+			opener, err := id.load(env)
+			if err == nil {
+				err = needIdentity(keys, opener)
 			}
-			// The whole chain once per start: a key server whose log was altered
-			// should not go on as if nothing had happened.
-			orders, err := server.LastOrders(where.state)
-			if err != nil {
-				return hint.Because(err, "farkeep-keyserver audit --verify says where; find out why, then move the files audit*.log away, and a new log begins")
-			}
-			srv, err := server.New(server.Config{
-				Site: s, HostKey: signer, Keys: keys, Policy: policies, Audit: records, Log: log, Now: env.Now,
-			}, orders)
 			if err != nil {
 				return err
 			}
-			if listen == "" {
-				listen = me.Address
+			h := &house{env: env, where: where, site: s, me: me, signer: signer, keys: keys, log: log}
+			if cmd.Flags().Changed("metrics") {
+				h.metrics = &shown
 			}
-			l, err := (&net.ListenConfig{}).Listen(cmd.Context(), "tcp", listen)
-			if err != nil {
-				return hint.Because(fmt.Errorf("listen: %w", err), "is the VPN up (wg-quick up farkeep)? Another address goes with --listen")
-			}
-			defer l.Close()
-			head, err := records.Append(audit.Record{Event: "start", Decision: "done", Reason: "serving on " + l.Addr().String()})
-			if err != nil {
-				return err
-			}
-			log.Info("serving", "name", me.Name, "address", l.Addr().String(), "appliances", len(s.Appliances), "head", head)
-			return srv.Serve(cmd.Context(), l)
+			return h.serve(cmd.Context(), listen)
 		},
 	}
+	id.register(cmd)
+	cmd.Flags().StringVar(&where.endpoints, "endpoints", "/run/farkeep-keyserver/endpoints.json", "what \"farkeep-keyserver endpoints\" writes")
+	cmd.Flags().StringVar(&shown, "metrics", "", "address and port of /metrics and /healthz; \"\" for none (default: port 4023 beside the key server's)")
 	cmd.Flags().StringVar(&listen, "listen", "", "address and port (default: the one in site.toml)")
 	return cmd
 }

@@ -17,6 +17,8 @@ import (
 	"farkeep/keyserver/policy"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
+	"farkeep/shared/secret"
+	"farkeep/shared/settings"
 	"farkeep/shared/site"
 	"farkeep/shared/usage"
 
@@ -70,21 +72,59 @@ revoked it, and writes down every decision before it acts on it.`,
 	f := root.PersistentFlags()
 	f.StringVar(&where.site, "site", "/etc/farkeep/site.toml", "the site")
 	f.StringVar(&where.secrets, "secrets", "/etc/farkeep/keyserver", "folder with ssh_host_key and keys/")
-	f.StringVar(&where.state, "state", "/var/lib/farkeep-keyserver", "folder with standings, histories and the audit log")
+	f.StringVar(&where.state, "state", "/var/lib/farkeep-keyserver", "folder with what is known of each appliance, and the audit log")
 	root.AddCommand(
 		newServeCmd(env, where),
 		newAddCmd(env, where),
+		newSealCmd(env, where),
+		newUnsealCmd(env, where),
 		newListCmd(env, where),
+		newWaitingCmd(env, where),
+		newApproveCmd(env, where),
+		newDenyCmd(env, where),
+		newExpectCmd(env, where),
 		newRevokeCmd(env, where),
 		newAllowCmd(env, where),
+		newEndpointsCmd(env),
 		newCheckCmd(env, where),
 		newAuditCmd(env, where),
+		newBundleCmd(env),
 	)
 	return root
 }
 
 // places are where a key server's files are.
-type places struct{ site, secrets, state string }
+type places struct{ site, secrets, state, endpoints string }
+
+// mail is the account that alarms go by, with its password; zero with an error
+// where there is none.
+func (p *places) mail(s *site.Site) (settings.Mail, error) {
+	m := s.Mail
+	if m.Server == "" {
+		return settings.Mail{}, hint.Because(errors.New("site.toml has no [mail]: alarms go to the log only"), "name a mail server in site.toml")
+	}
+	path := filepath.Join(p.secrets, "mail_password")
+	f, err := os.Open(path)
+	if err != nil {
+		return settings.Mail{}, hint.Because(fmt.Errorf("read the mail password: %w", err), "copy mail_password from the site folder (keyserver-NAME)")
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err == nil && info.Mode().Perm()&0o077 != 0 {
+		err = hint.Because(fmt.Errorf("%s has mode %04o: others can read the password", path, info.Mode().Perm()), "chmod 600 %s", path)
+	}
+	if err != nil {
+		return settings.Mail{}, err
+	}
+	text, err := secret.ReadAll(f, 4096)
+	if err != nil {
+		return settings.Mail{}, fmt.Errorf("read %s: %w", path, err)
+	}
+	return settings.Mail{
+		Server: m.Server, TLS: m.TLS, User: m.User, Password: secret.Text(strings.TrimRight(string(text.Reveal()), "\r\n")),
+		From: m.From, To: m.To, RootCA: m.RootCA,
+	}, nil
+}
 
 func (p *places) keysDir() string     { return filepath.Join(p.secrets, "keys") }
 func (p *places) hostKeyPath() string { return filepath.Join(p.secrets, "ssh_host_key") }

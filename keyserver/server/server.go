@@ -1,10 +1,22 @@
 // Package server answers appliances: it puts the store of keys, the policies
 // and the audit log behind the SSH verbs of shared/keywire.
 //
-// The order of every grant is: decide, read the key into locked memory, record
-// the history, record the decision, and only then send. When any of these fails
-// nothing is sent. A peer that is refused learns that and no more; the reason is
-// in the log and in the audit log.
+// The order of every grant is: decide, read the key into locked memory, make the
+// new state durable (what was counted, the new token), put the decision on
+// record, and only then send. When any of these fails nothing is sent. What a
+// crash leaves at each point:
+//
+//   - before the state is durable: nothing has happened;
+//   - after it, before the record: a key is counted, and a token issued, that
+//     nobody got. The appliance asks again and shows the token that it has, which
+//     is still accepted;
+//   - after the record, before the answer: the same, and the record says granted:
+//     it means "may have been sent";
+//   - in the middle of the answer: the appliance may have the key, the new token or
+//     both. Whatever it has is accepted next time.
+//
+// A peer that is refused learns that and no more; the reason is in the log and in
+// the audit log. A token is in neither.
 package server
 
 import (
@@ -16,11 +28,15 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"sync"
+	"slices"
 	"time"
 
+	"farkeep/keyserver/alert"
 	"farkeep/keyserver/audit"
 	"farkeep/keyserver/keystore"
+	"farkeep/keyserver/moment"
+	"farkeep/keyserver/orders"
+	"farkeep/keyserver/place"
 	"farkeep/keyserver/policy"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
@@ -32,16 +48,13 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// Lease is how long an appliance may keep its disk open without asking again.
-const Lease = 24 * time.Hour
-
 // Entries of ssh.Permissions that carry a name.
 const (
 	extension     = "farkeep-appliance"
 	peerExtension = "farkeep-key-server"
 )
 
-// Config is what a server is made of. All fields are needed.
+// Config is what a server is made of. All fields are needed but where it is said.
 type Config struct {
 	Site    *site.Site
 	HostKey ssh.Signer
@@ -50,6 +63,14 @@ type Config struct {
 	Audit   *audit.Log
 	Log     *slog.Logger
 	Now     func() time.Time
+	// Moment is Now beside the clock that nobody can set; nil for moment.Now.
+	Moment func() (moment.Moment, error)
+	// Place says where the VPN sees an appliance; nil where it cannot be asked.
+	Place func(ctx context.Context, a site.Appliance, from netip.Addr) place.Sighting
+	// Alert is told what a person should know; nil for nobody. It must not block.
+	Alert func(alert.Event)
+	// Void reports whether a client key was declared void; nil for none.
+	Void func(appliance, fingerprint string) (bool, error)
 	// Limits of the SSH server; zero fields get this package's defaults.
 	Limits sshverb.Limits
 	// Peers are the other key servers of the site; nil for none.
@@ -81,68 +102,50 @@ type Server struct {
 	c       Config
 	byKey   map[string]string // public key, in wire form, to the appliance's name
 	witness *witness
-
-	mu sync.Mutex // one decision at a time: a grant counts before the next is judged
 }
 
 // New prepares a server. It gives every appliance of the site that has no
-// standing one: enabled, unless the audit log's last word about it is that it
-// was revoked.
-func New(c Config, history map[string]string) (*Server, error) {
+// standing one ([orders.Book.Adopt]). last is the audit log's last order about
+// each appliance ([orders.LastOrders]).
+func New(c Config, last map[string]string) (*Server, error) {
+	if c.Moment == nil {
+		c.Moment = func() (moment.Moment, error) { return moment.Now(c.Now) }
+	}
+	if c.Alert == nil {
+		c.Alert = func(alert.Event) {}
+	}
+	if c.Observe == nil {
+		c.Observe = func(Observation) {}
+	}
 	s := &Server{c: c, byKey: map[string]string{}, witness: newWitness(c.Audit, c.Log, c.Now)}
+	book := &orders.Book{Policy: c.Policy, Audit: c.Audit, Now: c.Moment}
 	for _, a := range c.Site.Appliances {
 		key, err := identity.ParsePublic(a.ClientKey)
 		if err != nil {
 			return nil, fmt.Errorf("client key of %s: %w", a.Name, err)
 		}
 		s.byKey[string(key.Marshal())] = a.Name
-		if err := s.adopt(a.Name, history[a.Name]); err != nil {
+		again, err := book.Adopt(a.Name, last[a.Name])
+		if err != nil {
 			return nil, err
+		}
+		if again {
+			c.Log.Warn("revoked again: the audit log says so and its state did not", "appliance", a.Name)
 		}
 	}
 	return s, nil
-}
-
-// adopt makes sure that an appliance has a standing. last is the audit log's
-// last order about it, "revoke", "allow" or "".
-func (s *Server) adopt(name, last string) error {
-	standing, err := s.c.Policy.Standing(name)
-	if err != nil {
-		return err
-	}
-	switch {
-	case standing != nil && (standing.State == policy.Revoked || last != "revoke"):
-		return nil
-	case last == "revoke":
-		// The file was lost, or came back from an old copy. A revocation outlives that.
-		s.c.Log.Warn("revoked again: the audit log says so and its standing did not", "appliance", name)
-		return s.c.Policy.SetStanding(policy.Standing{Appliance: name, State: policy.Revoked, Reason: "the audit log's last order", Since: s.c.Now()})
-	default:
-		if _, err := s.c.Audit.Append(audit.Record{Event: "allow", Decision: "done", Appliance: name, Reason: "new in site.toml"}); err != nil {
-			return err
-		}
-		return s.c.Policy.SetStanding(policy.Standing{Appliance: name, State: policy.Enabled, Reason: "new in site.toml", Since: s.c.Now()})
-	}
-}
-
-// LastOrders reads from the audit log in dir what was last ordered about each
-// appliance: "revoke" or "allow".
-func LastOrders(dir string) (map[string]string, error) {
-	last := map[string]string{}
-	err := audit.Read(dir, func(_ []byte, r audit.Record) error {
-		if r.Decision == "done" && (r.Event == "revoke" || r.Event == "allow") {
-			last[r.Appliance] = r.Event
-		}
-		return nil
-	})
-	return last, err
 }
 
 // Serve answers on l until ctx ends.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	limits := s.c.Limits
 	if limits.Connections == 0 {
-		limits.Connections = 256
+		// After a power cut everybody comes at once, and some have a connection that
+		// is dying still.
+		limits.Connections = min(max(256, 3*len(s.c.Site.Appliances)), 4096)
+	}
+	if limits.Handshakes == 0 {
+		limits.Handshakes = 64
 	}
 	if limits.Sessions == 0 {
 		limits.Sessions = 2
@@ -179,10 +182,21 @@ func (s *Server) authorise(key ssh.PublicKey, peer net.Addr) (*ssh.Permissions, 
 		// Not proved: a peer may show a key that it does not hold. That one was
 		// shown is worth knowing all the same.
 		err := s.witness.record(audit.Record{
-			Event: "connect", Decision: "refused", Reason: "unknown SSH key",
+			Event: "connect", Decision: refused, Reason: "unknown SSH key",
 			Remote: peer.String(), Identity: identity.Fingerprint(key),
 		})
+		s.c.Observe(Observation{Verb: "connect", Verdict: refused})
 		return nil, errors.Join(errors.New("unknown key"), err)
+	}
+	if s.c.Void != nil {
+		void, err := s.c.Void(name, identity.Fingerprint(key))
+		if err != nil || void {
+			err = errors.Join(err, s.witness.record(audit.Record{
+				Event: "connect", Decision: refused, Reason: "void SSH key", Appliance: name,
+				Remote: peer.String(), Identity: identity.Fingerprint(key),
+			}))
+			return nil, errors.Join(errors.New("void key"), err)
+		}
 	}
 	return &ssh.Permissions{Extensions: map[string]string{extension: name}}, nil
 }
@@ -196,102 +210,153 @@ func (s *Server) exec(ctx context.Context, session *sshverb.Session) error {
 	if !ok {
 		return fmt.Errorf("the site has no appliance %q", name)
 	}
+	started := time.Now()
 	record := audit.Record{Appliance: name, Remote: session.Peer.String(), Identity: identity.Fingerprint(session.Key)}
 	r, err := keywire.Parse(session.Verb, session.Args)
 	if err != nil {
-		record.Event, record.Decision, record.Reason = "request", "refused", "malformed"
-		return &sshverb.Error{Code: hint.ExitUsage, Text: "this is not a request", Hint: "key UUID, lease UUID or checkin", Err: errors.Join(err, s.witness.record(record))}
+		record.Event, record.Decision, record.Reason = "request", refused, "malformed"
+		s.c.Observe(Observation{Verb: "request", Verdict: "malformed", Appliance: name, Took: time.Since(started)})
+		return &sshverb.Error{Code: hint.ExitUsage, Text: "this is not a request", Hint: "key UUID, lease UUID, checkin or dark UUID", Err: errors.Join(err, s.witness.record(record))}
 	}
 	record.Event, record.UUID = string(r.Verb), r.UUID
-
-	key, d, err := s.decide(*a, r, session.Peer, record)
-	if key != nil {
-		defer key.Release()
-	}
-	switch {
-	case err != nil:
-		return err // the peer learns that something went wrong inside
-	case !d.Granted:
-		return sshverb.Refuse(errors.New(d.Reason), "refused")
-	}
-	return answer(session.Stdout, r, name, key)
+	verdict, err := s.answer(ctx, session, *a, r, record)
+	s.c.Observe(Observation{Verb: string(r.Verb), Verdict: verdict, Appliance: name, Took: time.Since(started)})
+	return err
 }
 
-// decide judges a request and puts it on record. Its key is nil unless a key
-// was granted.
-func (s *Server) decide(a site.Appliance, r keywire.Request, peer net.Addr, record audit.Record) (*keystore.Key, policy.Decision, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := s.c.Now()
-	key, d, after, err := s.judge(a, r, peer, now)
-	switch {
-	case err != nil:
-		record.Decision, record.Reason = "failed", err.Error()
-	case d.Granted:
-		record.Decision, record.Reason = "granted", d.Reason
-	default:
-		record.Decision, record.Reason = "refused", d.Reason
+// answer carries out one request that was parsed.
+func (s *Server) answer(ctx context.Context, session *sshverb.Session, a site.Appliance, r keywire.Request, record audit.Record) (verdict string, err error) {
+	from := netip.Addr{} // an address that cannot be read is no VPN address
+	if ap, err := netip.ParseAddrPort(session.Peer.String()); err == nil {
+		from = ap.Addr().Unmap()
 	}
-	if err == nil && d.Granted {
-		// Before the record and the answer: a crash in between costs one key of
-		// the day's allowance, the other order would give one away.
-		if err = s.c.Policy.SetHistory(after); err != nil {
-			record.Decision, record.Reason = "failed", err.Error()
-		}
+	o, err := s.decide(ctx, a, r, from)
+	defer o.release()
+	record.Decision, record.Reason = o.verdict(), o.decision.Reason
+	record.Place, record.Waiting, record.Claims = o.place.String(), o.decision.Waiting, r.Claims.String()
+	record.Token = tokenState(a, r, o.decision)
+	if err != nil {
+		record.Decision, record.Reason = failed, err.Error()
 	}
 	if recorded := s.witness.record(record); recorded != nil {
-		err = errors.Join(err, fmt.Errorf("no answer without a record: %w", recorded))
+		record.Decision, err = failed, errors.Join(err, fmt.Errorf("no answer without a record: %w", recorded))
 	}
-	if err != nil || !d.Granted {
-		if key != nil {
-			key.Release()
+	s.alarm(a, r, o, record, err)
+	if err != nil {
+		return failed, err // the peer learns that something went wrong inside
+	}
+	switch o.decision.Verdict {
+	case policy.Grant:
+		return record.Decision, s.send(session, a, r, o)
+	case policy.Later:
+		return record.Decision, &sshverb.Error{Code: hint.ExitUnreachable, Text: "not yet", Hint: "ask again in a minute", Err: errors.New(o.decision.Reason)}
+	default:
+		// Whether a person is asked is nothing for a thief: held and refused look alike.
+		return record.Decision, sshverb.Refuse(errors.New(o.decision.Reason), "refused")
+	}
+}
+
+// tokenState is all that the audit log has of a token.
+func tokenState(a site.Appliance, r keywire.Request, d policy.Decision) string {
+	switch {
+	case a.KeyPolicy.Token == site.TokenIgnored:
+		return "ignored"
+	case slices.Contains(d.Asks, policy.AskToken):
+		return "mismatch"
+	case r.Verb == keywire.Dark, d.Verdict == policy.Refuse, d.Verdict == policy.Later:
+		return "" // not judged
+	case r.Token == "":
+		return "none"
+	}
+	return "accepted"
+}
+
+// outcome is what was decided about a request and made durable.
+type outcome struct {
+	decision      policy.Decision
+	before, after policy.State
+	place         place.Sighting
+	key           *keystore.Key // nil but for a key that was granted
+}
+
+// release wipes the key. An outcome may be released more than once.
+func (o *outcome) release() {
+	if o.key != nil {
+		o.key.Release()
+		o.key = nil
+	}
+}
+
+// The verdicts, as the audit log and Observation have them.
+const (
+	granted = "granted"
+	held    = "held"
+	refused = "refused"
+	later   = "later"
+	failed  = "failed"
+)
+
+func (o *outcome) verdict() string {
+	switch o.decision.Verdict {
+	case policy.Grant:
+		return granted
+	case policy.Hold:
+		return held
+	case policy.Later:
+		return later
+	default:
+		return refused
+	}
+}
+
+// decide judges a request and makes the state that follows durable. Two requests
+// of one appliance are judged one after the other, also by two processes: a grant
+// counts before the next is judged.
+func (s *Server) decide(ctx context.Context, a site.Appliance, r keywire.Request, from netip.Addr) (*outcome, error) {
+	o := &outcome{}
+	now, err := s.c.Moment()
+	if err != nil {
+		return o, err
+	}
+	if s.c.Place != nil {
+		o.place = s.c.Place(ctx, a, from)
+	}
+	err = s.c.Policy.Update(a.Name, func(before policy.State) (policy.State, error) {
+		o.before = before
+		o.decision = policy.Decide(a, before, policy.Facts{Request: r, From: from, Place: o.place, Now: now, NewToken: keywire.NewToken()})
+		o.after = o.decision.Next
+		if r.Verb == keywire.Key && o.decision.Verdict == policy.Grant {
+			// Before anything is counted: a key that is missing uses up no allowance.
+			var err error
+			if o.key, err = s.c.Keys.Get(r.UUID); err != nil {
+				return before, err
+			}
 		}
-		return nil, d, err
+		return o.after, nil
+	})
+	if err != nil {
+		o.release()
 	}
-	return key, d, nil
+	return o, err
 }
 
-func (s *Server) judge(a site.Appliance, r keywire.Request, peer net.Addr, now time.Time) (*keystore.Key, policy.Decision, policy.History, error) {
-	var none policy.History
-	standing, err := s.c.Policy.Standing(a.Name)
-	if err != nil {
-		return nil, policy.Decision{}, none, err
-	}
-	history, err := s.c.Policy.History(a.Name)
-	if err != nil {
-		return nil, policy.Decision{}, none, err
-	}
-	from := netip.Addr{} // an address that cannot be read is no VPN address
-	if ap, err := netip.ParseAddrPort(peer.String()); err == nil {
-		from = ap.Addr()
-	}
-	d := policy.Decide(a, standing, history, r, from, now)
-	if !d.Granted {
-		return nil, d, none, nil
-	}
-	after := history.After(r.Verb, now)
-	if r.Verb != keywire.Key {
-		return nil, d, after, nil
-	}
-	key, err := s.c.Keys.Get(r.UUID)
-	return key, d, after, err
-}
-
-func answer(w io.Writer, r keywire.Request, name string, key *keystore.Key) error {
+// send is the answer to what was granted.
+func (s *Server) send(session *sshverb.Session, a site.Appliance, r keywire.Request, o *outcome) error {
 	var text []byte
 	var err error
 	switch r.Verb {
 	case keywire.Key:
-		text = key.Reveal()
+		_, err = o.key.WriteTo(session.Stdout)
+		if err == nil && o.decision.Token != "" {
+			_, err = io.WriteString(session.Stderr, keywire.TokenLine(o.decision.Token))
+		}
 	case keywire.Renew:
-		text, err = json.Marshal(keywire.Lease{Seconds: int64(Lease / time.Second)})
-		text = append(text, '\n')
-	case keywire.CheckIn:
-		text, err = json.Marshal(keywire.Checkin{Appliance: name})
-		text = append(text, '\n')
+		text, err = json.Marshal(keywire.Lease{Seconds: int64(o.decision.Lease / time.Second), Renew: int64(o.decision.Renew / time.Second)})
+	case keywire.CheckIn, keywire.Dark:
+		text, err = json.Marshal(keywire.Checkin{Appliance: a.Name})
 	}
-	if err == nil {
-		_, err = w.Write(text)
+	if err == nil && text != nil {
+		_, err = session.Stdout.Write(append(text, '\n'))
 	}
 	if err != nil {
 		return fmt.Errorf("send the answer to %s: %w", r.Verb, err)

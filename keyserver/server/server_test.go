@@ -13,13 +13,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"farkeep/keyserver/alert"
 	"farkeep/keyserver/audit"
 	"farkeep/keyserver/keystore"
+	"farkeep/keyserver/moment"
+	"farkeep/keyserver/orders"
+	"farkeep/keyserver/place"
 	"farkeep/keyserver/policy"
 	"farkeep/keyserver/server"
 	"farkeep/shared/hint"
@@ -54,8 +59,13 @@ type fixture struct {
 	log      *logBuffer
 	address  string
 
-	mu  sync.Mutex
-	now time.Time
+	mu    sync.Mutex
+	now   time.Time
+	token map[string]keywire.Token // by private key: what that appliance has kept
+	told  []alert.Event
+	seen  []server.Observation
+	where map[string]place.Sighting // by appliance
+	voids map[string]bool           // by appliance
 }
 
 type logBuffer struct {
@@ -75,6 +85,61 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
+// moment is the fixture's time on a machine that runs since the epoch.
+func (f *fixture) moment() (moment.Moment, error) {
+	now := f.clock()
+	return moment.Moment{Wall: now, Boot: strings.Repeat("0b", 16), Up: time.Duration(now.UnixNano())}, nil
+}
+
+func (f *fixture) place(_ context.Context, a site.Appliance, _ netip.Addr) place.Sighting {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.where[a.Name]
+}
+
+func (f *fixture) alert(ev alert.Event) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.told = append(f.told, ev)
+}
+
+// alerts are the kinds that were raised since the last call.
+func (f *fixture) alerts() (kinds []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, ev := range f.told {
+		kinds = append(kinds, ev.Kind)
+	}
+	f.told = nil
+	return kinds
+}
+
+func (f *fixture) observe(o server.Observation) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.seen = append(f.seen, o)
+}
+
+func (f *fixture) void(name, _ string) (bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.voids[name], nil
+}
+
+// book carries out orders as the command line does.
+func (f *fixture) book() *orders.Book {
+	f.t.Helper()
+	records, err := audit.Open(f.dir, f.clock)
+	f.check(err)
+	return &orders.Book{Dir: f.dir, Policy: f.policies, Audit: records, Now: f.moment}
+}
+
+func (f *fixture) revoke(name string) {
+	f.t.Helper()
+	_, err := f.book().Revoke(orders.Order{Appliance: name, By: "ada", Why: "stolen"})
+	f.check(err)
+}
+
 func (f *fixture) clock() time.Time {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -89,7 +154,8 @@ func (f *fixture) advance(d time.Duration) {
 
 func prepare(t testing.TB) *fixture {
 	t.Helper()
-	f := &fixture{t: t, dir: t.TempDir(), log: &logBuffer{}, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	f := &fixture{t: t, dir: t.TempDir(), log: &logBuffer{}, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC),
+		token: map[string]keywire.Token{}, where: map[string]place.Sighting{}, voids: map[string]bool{}}
 	f.keysDir = filepath.Join(t.TempDir(), "keys")
 	f.check(os.Mkdir(f.keysDir, 0o700))
 	var err error
@@ -134,12 +200,13 @@ func (f *fixture) start(limits sshverb.Limits) {
 	f.t.Helper()
 	records, err := audit.Open(f.dir, f.clock)
 	f.check(err)
-	orders, err := server.LastOrders(f.dir)
+	last, err := orders.LastOrders(f.dir)
 	f.check(err)
 	s, err := server.New(server.Config{
 		Site: f.site, HostKey: f.host, Keys: f.keys, Policy: f.policies, Audit: records,
-		Log: slog.New(slog.NewTextHandler(f.log, nil)), Now: f.clock, Limits: limits,
-	}, orders)
+		Log: slog.New(slog.NewTextHandler(f.log, nil)), Now: f.clock, Moment: f.moment, Limits: limits,
+		Place: f.place, Alert: f.alert, Observe: f.observe, Void: f.void,
+	}, last)
 	f.check(err)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	f.check(err)
@@ -165,15 +232,49 @@ func (f *fixture) dial(private secret.Text) (*sshverb.Client, error) {
 	return sshverb.Dial(f.t.Context(), sshverb.Peer{Address: f.address, User: "ks", Identity: signer, HostKey: f.host.PublicKey()})
 }
 
-// ask sends one request over a connection of its own.
+// ask sends one request over a connection of its own, with the token that the
+// appliance has kept, and keeps the one that comes.
 func (f *fixture) ask(private secret.Text, request string) ([]byte, error) {
+	f.t.Helper()
+	out, token, err := f.exchange(private, f.with(private, request))
+	if token != "" {
+		f.mu.Lock()
+		f.token[private.Reveal()] = token
+		f.mu.Unlock()
+	}
+	return out, err
+}
+
+// with puts the token that was kept behind a request that has none.
+func (f *fixture) with(private secret.Text, request string) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	token := f.token[private.Reveal()]
+	verb, _, _ := strings.Cut(request, " ")
+	words := strings.Count(request, " ")
+	if token != "" && (verb == "checkin" && words == 0 || (verb == "key" || verb == "lease") && words == 1) {
+		request += " " + token.Reveal()
+	}
+	return request
+}
+
+// exchange sends one request as it is.
+func (f *fixture) exchange(private secret.Text, request string) (out []byte, token keywire.Token, err error) {
 	f.t.Helper()
 	c, err := f.dial(private)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	defer c.Close()
-	return c.Run(f.t.Context(), request, nil, keywire.MaxKey)
+	d, err := c.Start(f.t.Context(), request)
+	if err != nil {
+		return nil, "", err
+	}
+	d.Stdin.Close()
+	out, err = io.ReadAll(io.LimitReader(d.Stdout, keywire.MaxKey+1))
+	f.check(err)
+	err = d.Wait()
+	return out, keywire.ParseTokenLine(d.Stderr()), err
 }
 
 // last is the last record of the audit log.
@@ -209,6 +310,13 @@ func (f *fixture) silentAboutKeys() {
 		places += string(text)
 		return err
 	}))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, token := range f.token {
+		if strings.Contains(places, token.Reveal()) {
+			f.t.Error("a token is in the log or in the state folder")
+		}
+	}
 	for _, form := range []string{string(f.key), fmt.Sprintf("%x", f.key), string(f.key[8:40])} {
 		if strings.Contains(places, form) {
 			f.t.Error("the key is in the log or in the state folder")
@@ -227,16 +335,16 @@ func TestGrants(t *testing.T) {
 		t.Errorf("on record: %+v", r)
 	}
 	out, err = f.ask(f.attic, "lease "+atticDisk)
-	if lease, perr := keywire.ParseLease(out); err != nil || perr != nil || lease.Duration() != server.Lease {
+	if lease, perr := keywire.ParseLease(out); err != nil || perr != nil || lease != keywire.NewLease(24*time.Hour) {
 		t.Errorf("lease: %q, %v, %v", out, err, perr)
 	}
 	out, err = f.ask(f.shed, "checkin")
 	if c, perr := keywire.ParseCheckin(out); err != nil || perr != nil || c.Appliance != "shed" {
 		t.Errorf("checkin: %q, %v, %v", out, err, perr)
 	}
-	h, err := f.policies.History("attic")
-	if err != nil || len(h.Keys) != 1 || !h.LastKey.Equal(f.clock()) {
-		t.Errorf("history: %+v, %v", h, err)
+	h, err := f.policies.Read("attic")
+	if err != nil || len(h.Keys) != 1 || !h.LastKey.Wall.Equal(f.clock()) {
+		t.Errorf("state: %+v, %v", h, err)
 	}
 	f.silentAboutKeys()
 }
@@ -280,7 +388,7 @@ func TestRefusalsLookAlike(t *testing.T) {
 	f := prepare(t)
 	f.start(sshverb.Limits{})
 	_, foreign := f.ask(f.shed, "key "+atticDisk)
-	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Revoked, Since: f.clock()}))
+	f.revoke("attic")
 	_, revoked := f.ask(f.attic, "key "+atticDisk)
 	f.site.Appliances[1].KeyPolicy.Source = "vpn"
 	_, place := f.ask(f.shed, "key "+shedDisk)
@@ -298,11 +406,11 @@ func TestRevokedWhileServing(t *testing.T) {
 	if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
 		t.Fatal(err)
 	}
-	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Revoked, Reason: "stolen", Since: f.clock()}))
+	f.revoke("attic")
 	for _, request := range []string{"key " + atticDisk, "lease " + atticDisk, "checkin"} {
 		f.refused(f.attic, request, hint.ExitRefused, policy.ReasonRevoked)
 	}
-	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Enabled, Reason: "found", Since: f.clock()}))
+	f.check(f.book().Allow(orders.Order{Appliance: "attic", By: "ada", Why: "found"}))
 	if _, err := f.ask(f.attic, "key "+atticDisk); err != nil {
 		t.Errorf("allowed again: %v", err)
 	}
@@ -315,7 +423,10 @@ func TestRevocationOutlivesItsFile(t *testing.T) {
 	_, err = records.Append(audit.Record{Event: "revoke", Decision: "done", Appliance: "attic", Reason: "stolen"})
 	f.check(err)
 	// Its standing is lost, shed's came back from an old copy that says enabled.
-	f.check(f.policies.SetStanding(policy.Standing{Appliance: "shed", State: policy.Enabled, Since: f.clock()}))
+	f.check(f.policies.Update("shed", func(s policy.State) (policy.State, error) {
+		s.Standing = policy.Standing{State: policy.Enabled, Since: f.clock()}
+		return s, nil
+	}))
 	_, err = records.Append(audit.Record{Event: "revoke", Decision: "done", Appliance: "shed", Reason: "stolen too"})
 	f.check(err)
 	f.start(sshverb.Limits{})
@@ -326,9 +437,9 @@ func TestRevocationOutlivesItsFile(t *testing.T) {
 func TestDamagedStandingMeansNo(t *testing.T) {
 	f := prepare(t)
 	f.start(sshverb.Limits{})
-	f.check(os.WriteFile(filepath.Join(f.dir, "standing", "attic.json"), []byte("{"), 0o600))
+	f.check(os.WriteFile(filepath.Join(f.dir, "appliances", "attic.json"), []byte("{"), 0o600))
 	f.refused(f.attic, "key "+atticDisk, hint.ExitFailure, "attic.json")
-	f.check(os.Remove(filepath.Join(f.dir, "standing", "attic.json")))
+	f.check(os.Remove(filepath.Join(f.dir, "appliances", "attic.json")))
 	f.refused(f.attic, "key "+atticDisk, hint.ExitRefused, policy.ReasonNoStanding)
 }
 
@@ -382,14 +493,11 @@ func TestNoKeyWhenTheDiskIsFull(t *testing.T) {
 func TestFloodDoesNotFillTheDisk(t *testing.T) {
 	f := prepare(t)
 	f.start(sshverb.Limits{})
-	c, err := f.dial(f.shed)
-	f.check(err)
 	for range 100 {
-		if _, err := c.Run(t.Context(), "key "+atticDisk, nil, 100); hint.Code(err) != hint.ExitRefused {
+		if _, err := f.ask(f.shed, "key "+atticDisk); hint.Code(err) != hint.ExitRefused {
 			t.Fatal(err)
 		}
 	}
-	c.Close()
 	count := func() (refused, repeated, more int) {
 		f.check(audit.Read(f.dir, func(_ []byte, r audit.Record) error {
 			switch {
@@ -507,8 +615,36 @@ func TestOpenSSH(t *testing.T) {
 	}
 	attic, shed, stranger := write("attic", f.attic.Reveal()), write("shed", f.shed.Reveal()), write("stranger", f.stranger.Reveal())
 
-	if out, diag, code := run(attic, "key", atticDisk); code != 0 || !bytes.Equal(out, f.key) || len(diag) > 0 {
-		t.Errorf("key: exit %d, %d bytes, %q", code, len(out), diag)
+	// The token of each grant goes with the next request, and the key alone is on
+	// standard output.
+	var token keywire.Token
+	claims := []string{"boot=" + strings.Repeat("0a", 16), "serial=10000000deadbeef", "up=99", "slots=2"}
+	for n, words := range [][]string{{"key", atticDisk}, {"key", atticDisk, "TOKEN"}, append([]string{"key", atticDisk, "TOKEN"}, claims...), {"key", atticDisk + " TOKEN slots=2"}} {
+		for i := range words {
+			words[i] = strings.ReplaceAll(words[i], "TOKEN", token.Reveal())
+		}
+		out, diag, code := run(attic, words...)
+		next := keywire.ParseTokenLine(string(diag))
+		if code != 0 || !bytes.Equal(out, f.key) || next == "" || next == token || string(diag) != keywire.TokenLine(next) {
+			t.Fatalf("key, time %d: exit %d, %d bytes, %q", n, code, len(out), diag)
+		}
+		token = next
+	}
+	if out, diag, code := run(attic, "lease", atticDisk, token.Reveal()); code != 0 || string(out) != `{"seconds":86400,"renew":300}`+"\n" || len(diag) > 0 {
+		t.Errorf("lease: exit %d, %q, %q", code, out, diag)
+	}
+	if out, _, code := run(attic, "checkin", token.Reveal(), "up=100"); code != 0 || string(out) != `{"appliance":"attic"}`+"\n" {
+		t.Errorf("checkin: exit %d, %q", code, out)
+	}
+	if out, _, code := run(attic, "dark", atticDisk); code != 0 || string(out) != `{"appliance":"attic"}`+"\n" {
+		t.Errorf("dark: exit %d, %q", code, out)
+	}
+	// A copy of the card knows an older token only.
+	if out, diag, code := run(attic, "key", atticDisk, keywire.NewToken().Reveal()); code != hint.ExitRefused || len(out) > 0 || string(diag) != "refused\n" {
+		t.Errorf("another token: exit %d, %d bytes, %q", code, len(out), diag)
+	}
+	if kinds := f.alerts(); !slices.Equal(kinds, []string{alert.Dark, alert.TokenMismatch}) {
+		t.Errorf("alerts: %v", kinds)
 	}
 	if out, diag, code := run(shed, "key", atticDisk); code != hint.ExitRefused || len(out) > 0 || string(diag) != "refused\n" {
 		t.Errorf("another appliance's key: exit %d, %d bytes, %q", code, len(out), diag)
@@ -522,7 +658,7 @@ func TestOpenSSH(t *testing.T) {
 	if out, _, code := run(attic); code != hint.ExitUsage || len(out) > 0 {
 		t.Errorf("a shell: exit %d, %q", code, out)
 	}
-	f.check(f.policies.SetStanding(policy.Standing{Appliance: "attic", State: policy.Revoked, Reason: "stolen", Since: f.clock()}))
+	f.revoke("attic")
 	if out, diag, code := run(attic, "key", atticDisk); code != hint.ExitRefused || len(out) > 0 || string(diag) != "refused\n" {
 		t.Errorf("revoked: exit %d, %d bytes, %q", code, len(out), diag)
 	}
