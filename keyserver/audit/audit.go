@@ -30,7 +30,9 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"farkeep/shared/atomicfile"
@@ -91,6 +93,21 @@ type Log struct {
 
 	dir string
 	now func() time.Time
+
+	mu      sync.Mutex
+	waiting []*entry // in the order in which they came
+	writing bool     // somebody is committing, and looks at waiting when he is done
+	commits int      // how often the disk was waited for
+}
+
+// entry is a record on its way to the disk.
+type entry struct {
+	record Record
+	head   string
+	err    error
+	// turn tells whoever waits that the record is done (true), or that he is to
+	// commit what is waiting, his own record first (false).
+	turn chan bool
 }
 
 // Open prepares appending to the log in dir, which must exist.
@@ -107,60 +124,131 @@ func Open(dir string, now func() time.Time) (*Log, error) {
 
 // Append makes r the next record, durably, and returns the new head: the hash
 // that the next record will carry. Time is set where it is zero.
+//
+// Records that come while others are being written wait and are then made durable
+// together: after a power cut hundreds of appliances ask at once, and a slow
+// disk syncs thirty times a second.
 func (l *Log) Append(r Record) (head string, err error) {
+	e := &entry{record: r, turn: make(chan bool, 1)}
+	l.mu.Lock()
+	l.waiting = append(l.waiting, e)
+	if l.writing {
+		l.mu.Unlock()
+		if done := <-e.turn; done {
+			return e.head, e.err
+		}
+		l.mu.Lock()
+	}
+	l.writing = true
+	l.commits++
+	batch := l.waiting[:min(len(l.waiting), maxBatch)]
+	l.waiting = l.waiting[len(batch):]
+	l.mu.Unlock()
+	l.commit(batch) // e is the first of it
+	for _, other := range batch[1:] {
+		other.turn <- true
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.writing = len(l.waiting) > 0; l.writing {
+		l.waiting[0].turn <- false
+	}
+	return e.head, e.err
+}
+
+// maxBatch bounds how many records are written at once, and with that how many
+// a crash can leave that are on the disk and not noted beside the log.
+const maxBatch = 32
+
+// commit writes records and makes them durable, all or none of them.
+func (l *Log) commit(batch []*entry) {
+	fail := func(err error) {
+		for _, e := range batch {
+			e.head, e.err = "", err
+		}
+	}
 	unlock, err := lock(l.dir, unix.LOCK_EX)
 	if err != nil {
-		return "", err
+		fail(err)
+		return
 	}
 	defer unlock()
 	f, size, err := l.openCurrent()
 	if err != nil {
-		return "", err
+		fail(err)
+		return
 	}
 	defer f.Close()
+	lines, last, noted, err := l.settle(f, size)
+	if err != nil {
+		fail(err)
+		return
+	}
+	begun := len(lines)
+	for _, e := range batch {
+		line, bare, err := l.next(e.record, last)
+		if err != nil {
+			e.err = err // this one alone
+			continue
+		}
+		lines, last, e.head = append(lines, line...), bare, hash(bare)
+	}
+	if len(lines) == begun {
+		return
+	}
+	if len(batch) > 1 && noted != "" {
+		if err := l.writeHead(noted, len(batch)); err != nil {
+			fail(err)
+			return
+		}
+	}
+	if err := write(f, lines, size); err != nil {
+		fail(fmt.Errorf("append to the audit log: %w", err))
+		return
+	}
+	if err := l.writeHead(hash(last), 0); err != nil {
+		fail(err) // nothing may be granted; the next Append sets it right first
+		return
+	}
+	if size+int64(len(lines)) >= l.RotateAt {
+		// The records are durable; that the file stays too large for a while is no failure of it.
+		_ = l.rotate()
+	}
+}
+
+// settle looks at the end of the log: last is its last record's line, nil for
+// none, lines are what has to be written before the next one, and noted is the
+// head beside the log, "" where the log is empty.
+func (l *Log) settle(f *os.File, size int64) (lines, last []byte, noted string, err error) {
 	t, err := tail(f, size)
 	if err != nil {
-		return "", err
+		return nil, nil, "", err
 	}
 	if t.last == nil {
 		before, err := l.endOfPredecessor()
 		if err != nil {
-			return "", err
+			return nil, nil, "", err
 		}
 		t.before, t.last = before.before, before.last
 	}
 	if err := l.matchHead(t); err != nil {
-		return "", err
+		return nil, nil, "", err
 	}
-	var lines []byte
-	last := t.last
+	if t.last != nil {
+		noted = hash(t.last)
+	}
 	switch {
 	case len(t.torn) == 0:
-	case follows(t.torn, last): // only its newline is missing
-		lines, last = []byte("\n"), t.torn
-	default:
-		torn := Record{Event: eventTorn, Decision: "done", Reason: fmt.Sprintf("a line of %d bytes was cut off, by a power cut or a full disk", len(t.torn)), Torn: hash(t.torn)}
-		if lines, last, err = l.next(torn, last); err != nil {
-			return "", err
-		}
-		lines = append([]byte("\n"), lines...) // ends the unfinished line
+		return nil, t.last, noted, nil
+	case follows(t.torn, t.last): // only its newline is missing
+		return []byte("\n"), t.torn, noted, nil
 	}
-	line, last, err := l.next(r, last)
+	torn := Record{Event: eventTorn, Decision: "done", Reason: fmt.Sprintf("a line of %d bytes was cut off, by a power cut or a full disk", len(t.torn)), Torn: hash(t.torn)}
+	line, last, err := l.next(torn, t.last)
 	if err != nil {
-		return "", err
+		return nil, nil, "", err
 	}
-	lines = append(lines, line...)
-	if err := write(f, lines, size); err != nil {
-		return "", fmt.Errorf("append to the audit log: %w", err)
-	}
-	if err := l.writeHead(hash(last)); err != nil {
-		return "", err // nothing may be granted; the next Append sets it right first
-	}
-	if size+int64(len(lines)) >= l.RotateAt {
-		// The record is durable; that the file stays too large for a while is no failure of it.
-		_ = l.rotate()
-	}
-	return hash(last), nil
+	return append([]byte("\n"), line...), last, noted, nil // the newline ends the unfinished line
 }
 
 // Newest is the number of the newest record, 0 for none.
@@ -414,53 +502,116 @@ func files(dir string) ([]string, error) {
 // appended.
 func (l *Log) matchHead(t ending) error {
 	noted, err := readHead(l.dir)
-	if err != nil || noted == "" {
+	if err != nil || noted.head == "" {
 		return err // none was written yet
 	}
 	if t.last == nil {
 		return fmt.Errorf("%w: it is empty and was not", ErrDamaged)
 	}
 	is := hash(t.last)
-	if noted == is {
+	if noted.head == is {
 		return nil
 	}
 	var last, before Record
-	if json.Unmarshal(t.last, &last) == nil && last.Prev == noted ||
-		json.Unmarshal(t.before, &before) == nil && before.Event == eventTorn && before.Prev == noted && last.Prev == hash(t.before) {
-		return l.writeHead(is)
+	if json.Unmarshal(t.last, &last) == nil && last.Prev == noted.head ||
+		json.Unmarshal(t.before, &before) == nil && before.Event == eventTorn && before.Prev == noted.head && last.Prev == hash(t.before) ||
+		l.reaches(noted) {
+		return l.writeHead(is, 0)
 	}
 	return fmt.Errorf("%w: its end is not the one that was noted in %s", ErrDamaged, headName)
 }
 
-func readHead(dir string) (string, error) {
-	data, err := plainfile.Read(filepath.Join(dir, headName), MaxLine)
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
+// reaches reports whether a chain leads from the log's end back to the head
+// noted, over no more records than were announced, and one that owns up to a line
+// that was cut off.
+func (l *Log) reaches(noted note) bool {
+	if noted.batch == 0 {
+		return false
 	}
+	f, err := os.Open(filepath.Join(l.dir, current))
 	if err != nil {
-		return "", fmt.Errorf("read the audit log's head: %w", err)
+		return false
 	}
-	head := strings.TrimSuffix(string(data), "\n")
-	if raw, err := hex.DecodeString(head); err != nil || len(raw) != blake2b.Size256 {
-		return "", fmt.Errorf("%w: %s holds no head", ErrDamaged, headName)
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return false
 	}
-	return head, nil
+	n := min(info.Size(), int64(noted.batch+3)*MaxLine)
+	text := make([]byte, n)
+	if _, err := f.ReadAt(text, info.Size()-n); err != nil {
+		return false
+	}
+	lines := bytes.Split(text, []byte("\n"))
+	lines = lines[:len(lines)-1] // without what is unfinished
+	at := map[string]int{}
+	for i, line := range lines {
+		at[hash(line)] = i
+	}
+	for i, ok, steps := len(lines)-1, len(lines) > 0, 0; ok && steps <= noted.batch; steps++ {
+		var r Record
+		if json.Unmarshal(lines[i], &r) != nil {
+			return false
+		}
+		if r.Prev == noted.head {
+			return true
+		}
+		before := i
+		i, ok = at[r.Prev]
+		ok = ok && i < before
+	}
+	return false
 }
 
-// writeHead notes the head durably. It writes in place: 65 bytes lie in one
-// sector, which a disk writes whole or not at all, and a full disk has them already.
-func (l *Log) writeHead(head string) error {
+// A note is what lies beside the log: its head, and how many records are about
+// to be written at once after it; 0 but for a crash in the middle of that.
+type note struct {
+	head  string
+	batch int
+}
+
+// readHead reads the note that lies beside the log; its head is "" where there is
+// none.
+func readHead(dir string) (note, error) {
+	data, err := plainfile.Read(filepath.Join(dir, headName), MaxLine)
+	if errors.Is(err, fs.ErrNotExist) {
+		return note{}, nil
+	}
+	if err != nil {
+		return note{}, fmt.Errorf("read the audit log's head: %w", err)
+	}
+	var n note
+	var count string
+	n.head, count, _ = strings.Cut(strings.TrimSuffix(string(data), "\n"), "\n+")
+	raw, err := hex.DecodeString(n.head)
+	if err == nil && count != "" {
+		n.batch, err = strconv.Atoi(count)
+	}
+	if err != nil || len(raw) != blake2b.Size256 || n.batch < 0 || n.batch > maxBatch {
+		return note{}, fmt.Errorf("%w: %s holds no head", ErrDamaged, headName)
+	}
+	return n, nil
+}
+
+// writeHead notes the head durably, and how many records are about to follow at
+// once: 0 for one, which needs no announcement. It writes in place: 70 bytes lie in
+// one sector, which a disk writes whole or not at all, and a full disk has them already.
+func (l *Log) writeHead(head string, batch int) error {
+	text := head + "\n"
+	if batch > 0 {
+		text += fmt.Sprintf("+%d\n", batch)
+	}
 	path := filepath.Join(l.dir, headName)
 	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = atomicfile.Create(path, []byte(head+"\n"), 0o600)
+		err = atomicfile.Create(path, []byte(text), 0o600)
 		if err == nil {
 			return nil
 		}
 	}
 	if err == nil {
-		_, err = f.WriteAt([]byte(head+"\n"), 0)
-		err = errors.Join(err, f.Sync(), f.Close())
+		_, err = f.WriteAt([]byte(text), 0)
+		err = errors.Join(err, f.Truncate(int64(len(text))), f.Sync(), f.Close())
 	}
 	if err != nil {
 		return fmt.Errorf("note the audit log's head: %w", err)

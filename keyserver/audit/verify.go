@@ -47,7 +47,7 @@ func Verify(dir string, expect ...string) (Summary, error) {
 	err = read(dir, func(line []byte, r Record) error {
 		if s.Records == 0 {
 			s.First = r.Seq
-			if r.Prev == noted {
+			if r.Prev == noted.head {
 				since = 0 // the head that was noted went with an older file
 			}
 		}
@@ -61,20 +61,21 @@ func Verify(dir string, expect ...string) (Summary, error) {
 			s.Heads++
 		}
 		switch {
-		case s.Head == noted:
+		case s.Head == noted.head:
 			since = 0
 		case since >= 0:
 			since++
 		}
 		return nil
 	})
-	s.Noted = noted != ""
+	s.Noted = noted.head != ""
 	switch {
 	case err != nil:
 	case s.Noted && since < 0:
 		err = fmt.Errorf("%w: the head that was noted in %s is not in it: its end was cut off or changed", ErrDamaged, headName)
-	case s.Noted && since > 2:
-		// A crash leaves two records at most that are not noted yet.
+	case s.Noted && since > max(2, noted.batch+1):
+		// What a crash leaves that is not noted yet: one record or a batch that was
+		// announced, and one that owns up to a line that was cut off.
 		err = fmt.Errorf("%w: %d records come after the head that was noted in %s", ErrDamaged, since, headName)
 	case len(wanted) > 0:
 		err = fmt.Errorf("%w: %d of the %d heads noted elsewhere are not in it: its end was cut off, or it was written anew", ErrDamaged, len(wanted), len(expect))
