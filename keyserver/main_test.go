@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"farkeep/shared/identity"
+	"farkeep/shared/keywire"
 	"farkeep/shared/settings"
 	"farkeep/shared/site"
 
@@ -51,10 +52,12 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		Setup:               setup,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"await":   await,
-			"silent":  silent,
-			"replace": replace,
-			"modes":   modes,
+			"await":     await,
+			"silent":    silent,
+			"replace":   replace,
+			"modes":     modes,
+			"keep":      keep,
+			"tokenless": tokenless,
 		},
 	})
 }
@@ -157,27 +160,60 @@ func silent(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) == 0 {
 		ts.Fatalf("usage: silent file...")
 	}
+	for _, text := range texts(ts, args) {
+		if strings.Contains(text, "MARK-OF-THE-KEY") || strings.Contains(text, "4d41524b2d4f46") || strings.Contains(text, "TUFSSy1PRi1USEUtS0VZ") {
+			ts.Fatalf("a key is in %v", args)
+		}
+	}
+}
+
+// keep sets TOKEN to the token in a file, as an appliance would, and notes that it
+// was handed out.
+func keep(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: keep file")
+	}
+	token := keywire.ParseTokenLine(ts.ReadFile(args[0]))
+	if token == "" {
+		ts.Fatalf("there is no token in %s", args[0])
+	}
+	ts.Setenv("TOKEN", token.Reveal())
+	ts.Setenv("TOKENS", ts.Getenv("TOKENS")+" "+token.Reveal())
+}
+
+// tokenless checks that no token that was kept is in any of the files or folders.
+func tokenless(ts *testscript.TestScript, neg bool, args []string) {
+	tokens := strings.Fields(ts.Getenv("TOKENS"))
+	if neg || len(args) == 0 || len(tokens) == 0 {
+		ts.Fatalf("usage, after keep: tokenless file...")
+	}
+	for _, text := range texts(ts, args) {
+		for _, token := range tokens {
+			if strings.Contains(text, token) {
+				ts.Fatalf("a token was written down")
+			}
+		}
+	}
+}
+
+// texts are the contents of files and folders, and of stdout and stderr.
+func texts(ts *testscript.TestScript, args []string) (all []string) {
 	for _, arg := range args {
-		var texts []string
 		switch arg {
 		case "stdout", "stderr":
-			texts = append(texts, ts.ReadFile(arg))
+			all = append(all, ts.ReadFile(arg))
 		default:
 			ts.Check(filepath.WalkDir(ts.MkAbs(arg), func(path string, d os.DirEntry, err error) error {
 				if err != nil || d.IsDir() {
 					return err
 				}
 				text, err := os.ReadFile(path)
-				texts = append(texts, string(text))
+				all = append(all, string(text))
 				return err
 			}))
 		}
-		for _, text := range texts {
-			if strings.Contains(text, "MARK-OF-THE-KEY") || strings.Contains(text, "4d41524b2d4f46") || strings.Contains(text, "TUFSSy1PRi1USEUtS0VZ") {
-				ts.Fatalf("a key is in %s", arg)
-			}
-		}
 	}
+	return all
 }
 
 // replace changes the first occurrence of a text in a file.
