@@ -357,7 +357,7 @@ func (d *show) silence(ctx context.Context) error {
 func (d *show) revoke(ctx context.Context) error {
 	d.chapter("7. The Pi is stolen")
 	if err := d.step("revoke it at the key server", func() error {
-		args := append([]string{"revoke", "vault", "--reason", "stolen"}, d.s.KeyServerFlags()...)
+		args := append([]string{"revoke", "vault", "--reason", "stolen", "--wait", "0"}, d.s.KeyServerFlags()...)
 		_, err := d.s.Run(ctx, "farkeep-keyserver", args...)
 		return err
 	}); err != nil {
