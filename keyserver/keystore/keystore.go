@@ -100,12 +100,11 @@ func (k *Key) Release() {
 }
 
 // packets is in how many pieces a key is sent, at most.
-const packets = 128
+const packets = 16
 
-// WriteTo sends the key in many small pieces, of one byte each up to a length of
-// 128. The SSH library copies what it sends into a buffer that it neither wipes nor
-// gives away, and uses that buffer again for the next piece: so what is left
-// behind is the last piece, and not the key.
+// WriteTo sends the key in 16 pieces. The SSH library copies what it sends into a
+// buffer that it neither wipes nor gives away, and uses that buffer again for the
+// next piece: so what is left behind is the last piece, and not the key.
 func (k *Key) WriteTo(w io.Writer) (sent int64, err error) {
 	b := k.Reveal()
 	size := (len(b) + packets - 1) / packets
@@ -128,7 +127,8 @@ func (s *Store) Get(uuid string) (*Key, error) {
 		return nil, err
 	}
 	defer f.Close()
-	memory, err := locked.New(keywire.MaxKey + 1)
+	// A sealed key is shorter than its file. Most keys take one page.
+	memory, err := locked.New(min(f.size, keywire.MaxKey) + 1)
 	if err != nil {
 		return nil, err
 	}
@@ -148,8 +148,8 @@ type keyFile struct {
 	modified time.Time
 }
 
-// read puts the key in f into dst, which is one byte longer than a key can be,
-// and returns its length.
+// read puts the key in f into dst, which is one byte longer than the key can
+// be, and returns its length.
 func (s *Store) read(f *keyFile, dst []byte) (int, error) {
 	if !f.sealed {
 		return readExactly(f, dst)
@@ -163,7 +163,7 @@ func (s *Store) read(f *keyFile, dst []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if n, err = id.Open(dst[:keywire.MaxKey], text[:n]); err != nil {
+	if n, err = id.Open(dst[:min(len(dst), keywire.MaxKey)], text[:n]); err != nil {
 		return 0, err
 	}
 	if n == 0 {

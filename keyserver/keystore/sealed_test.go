@@ -303,7 +303,7 @@ func TestSentInPieces(t *testing.T) {
 		if n, err := k.WriteTo(&w); err != nil || n != int64(size) || !bytes.Equal(w.all, key) {
 			t.Errorf("%d bytes: %d sent, %v", size, n, err)
 		}
-		if w.largest > max(1, size/64) {
+		if w.largest > (size+15)/16 {
 			t.Errorf("%d bytes: a piece of %d", size, w.largest)
 		}
 		w = pieces{failAt: size/2 + 1}

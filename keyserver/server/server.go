@@ -29,6 +29,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"farkeep/keyserver/alert"
@@ -102,7 +103,13 @@ type Server struct {
 	c       Config
 	byKey   map[string]string // public key, in wire form, to the appliance's name
 	witness *witness
+	desk    chan struct{} // one entry for each request that is being decided
 }
+
+// atOnce bounds how many requests are decided at once: each may wait for the disk
+// several times, and takes a thread of the system while it does. Enough wait together for the
+// audit log to write many records in one go; the others queue in order.
+const atOnce = 64
 
 // New prepares a server. It gives every appliance of the site that has no
 // standing one ([orders.Book.Adopt]). last is the audit log's last order about
@@ -117,7 +124,7 @@ func New(c Config, last map[string]string) (*Server, error) {
 	if c.Observe == nil {
 		c.Observe = func(Observation) {}
 	}
-	s := &Server{c: c, byKey: map[string]string{}, witness: newWitness(c.Audit, c.Log, c.Now)}
+	s := &Server{c: c, byKey: map[string]string{}, witness: newWitness(c.Audit, c.Log, c.Now), desk: make(chan struct{}, atOnce)}
 	book := &orders.Book{Policy: c.Policy, Audit: c.Audit, Now: c.Moment}
 	for _, a := range c.Site.Appliances {
 		key, err := identity.ParsePublic(a.ClientKey)
@@ -230,7 +237,20 @@ func (s *Server) answer(ctx context.Context, session *sshverb.Session, a site.Ap
 	if ap, err := netip.ParseAddrPort(session.Peer.String()); err == nil {
 		from = ap.Addr().Unmap()
 	}
-	o, err := s.decide(ctx, a, r, from)
+	// Outside of the turns below: it waits until the VPN was looked at, for seconds
+	// where that does not happen.
+	var seen place.Sighting
+	if s.c.Place != nil {
+		seen = s.c.Place(ctx, a, from)
+	}
+	select {
+	case s.desk <- struct{}{}:
+	case <-ctx.Done():
+		return failed, ctx.Err()
+	}
+	leave := sync.OnceFunc(func() { <-s.desk })
+	defer leave()
+	o, err := s.decide(a, r, from, seen)
 	defer o.release()
 	record.Decision, record.Reason = o.verdict(), o.decision.Reason
 	record.Place, record.Waiting, record.Claims = o.place.String(), o.decision.Waiting, r.Claims.String()
@@ -241,6 +261,7 @@ func (s *Server) answer(ctx context.Context, session *sshverb.Session, a site.Ap
 	if recorded := s.witness.record(record); recorded != nil {
 		record.Decision, err = failed, errors.Join(err, fmt.Errorf("no answer without a record: %w", recorded))
 	}
+	leave() // the answer may take as long as the line is slow
 	s.alarm(a, r, o, record, err)
 	if err != nil {
 		return failed, err // the peer learns that something went wrong inside
@@ -312,14 +333,11 @@ func (o *outcome) verdict() string {
 // decide judges a request and makes the state that follows durable. Two requests
 // of one appliance are judged one after the other, also by two processes: a grant
 // counts before the next is judged.
-func (s *Server) decide(ctx context.Context, a site.Appliance, r keywire.Request, from netip.Addr) (*outcome, error) {
-	o := &outcome{}
+func (s *Server) decide(a site.Appliance, r keywire.Request, from netip.Addr, seen place.Sighting) (*outcome, error) {
+	o := &outcome{place: seen}
 	now, err := s.c.Moment()
 	if err != nil {
 		return o, err
-	}
-	if s.c.Place != nil {
-		o.place = s.c.Place(ctx, a, from)
 	}
 	err = s.c.Policy.Update(a.Name, func(before policy.State) (policy.State, error) {
 		o.before = before

@@ -45,22 +45,33 @@ func newWitness(to *audit.Log, log *slog.Logger, now func() time.Time) *witness 
 	return &witness{log: log, to: to, now: now, seen: map[sameness]*repeats{}}
 }
 
-// record puts r on record; when it returns an error nothing may be granted.
+// record puts r on record; when it returns an error nothing may be granted. It
+// does not hold the lock while it writes: records of many peers that come at once are made
+// durable together.
 func (w *witness) record(r audit.Record) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	// A key that is given away is always written: the policy bounds how many
 	// there can be.
 	if r.Event == string(keywire.Key) && r.Decision == "granted" {
 		return w.append(r)
 	}
+	for _, due := range w.due(r) {
+		if err := w.append(due); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// due is what has to be written when r has happened: r, nothing, or first the count
+// of those that were not written.
+func (w *witness) due(r audit.Record) (records []audit.Record) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	id := sameness{r.Event, r.Decision, r.Appliance}
 	now := w.now()
 	p := w.seen[id]
 	if p == nil || now.Sub(p.since) >= repeatWindow || now.Before(p.since) {
-		if err := w.settle(p); err != nil {
-			return err
-		}
+		records = p.settle()
 		p = &repeats{since: now}
 		w.seen[id] = p
 	}
@@ -68,13 +79,13 @@ func (w *witness) record(r audit.Record) error {
 	if p.count > repeatLimit {
 		p.left++
 		p.last = r
-		return nil
+		return records
 	}
-	return w.append(r)
+	return append(records, r)
 }
 
-// settle writes how many records a finished window left out.
-func (w *witness) settle(p *repeats) error {
+// settle is the record of how many records a finished window left out, if any.
+func (p *repeats) settle() []audit.Record {
 	if p == nil || p.left == 0 {
 		return nil
 	}
@@ -82,7 +93,7 @@ func (w *witness) settle(p *repeats) error {
 	r.Reason = fmt.Sprintf("%s %s, %d more since %s; the last: %s", r.Event, r.Decision, p.left, p.since.UTC().Format(time.RFC3339), r.Reason)
 	r.Event, r.Count = "repeated", p.left
 	p.left = 0
-	return w.append(r)
+	return []audit.Record{r}
 }
 
 // flush writes the counts that are still open, when the server ends.
@@ -95,9 +106,11 @@ func (w *witness) flush() {
 	}
 	sort.Slice(open, func(i, j int) bool { return open[i].since.Before(open[j].since) })
 	for _, p := range open {
-		if err := w.settle(p); err != nil {
-			w.log.Error("the audit log could not be completed", "err", err)
-			return
+		for _, r := range p.settle() {
+			if err := w.append(r); err != nil {
+				w.log.Error("the audit log could not be completed", "err", err)
+				return
+			}
 		}
 	}
 }

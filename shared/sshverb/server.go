@@ -25,6 +25,7 @@ type Limits struct {
 	PerKey      int           // of them by one key, so that no key shuts out the others; default half
 	Sessions    int           // at once in one connection; default 8
 	Handshakes  int           // at once; who comes later waits for his turn, first come, first served; default: all at once
+	Turn        time.Duration // how long a handshake that is slow, or silent, keeps others waiting; default 2s
 	Handshake   time.Duration // its start to authenticated; default 20s
 	Idle        time.Duration // without a byte from the peer, keepalives included; default 2m
 	Stall       time.Duration // a session waiting for the peer to send or take data; default 2m
@@ -49,6 +50,7 @@ func (l Limits) withDefaults() Limits {
 	if l.Handshakes == 0 {
 		l.Handshakes = l.Connections
 	}
+	def(&l.Turn, 2*time.Second)
 	def(&l.Handshake, 20*time.Second)
 	def(&l.Idle, 2*time.Minute)
 	def(&l.Stall, 2*time.Minute)
@@ -164,10 +166,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	var conns sync.WaitGroup
 	defer conns.Wait()
 	slots := make(chan struct{}, limits.Connections)
-	turns := make(turns, limits.Handshakes)
+	turns := &turns{free: limits.Handshakes, length: limits.Turn}
 	var strangers lobby
 	if limits.Handshakes < limits.Connections {
-		strangers.patience = patience
+		strangers.patience = limits.Turn
 	}
 	for {
 		conn, err := l.Accept()
@@ -200,19 +202,22 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			}
 		}
 		conns.Add(1)
-		done, at := turns.try()
-		if at { // here, so that whoever comes next finds it in the lobby
+		turn, now := turns.queue()
+		if now { // here, so that whoever comes next finds it in the lobby
 			strangers.enter(conn)
 		}
 		go func() {
 			defer func() { <-slots; conns.Done() }()
-			if !at {
-				if done, at = turns.wait(ctx); !at {
+			if !now {
+				select {
+				case <-turn:
+				case <-ctx.Done():
 					conn.Close()
 					return
 				}
 				strangers.enter(conn)
 			}
+			done := turns.begin()
 			defer done()
 			defer strangers.leave(conn)
 			s.serveConn(ctx, conn, config, limits, func() { done(); strangers.leave(conn) })
@@ -220,40 +225,47 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// turns is how many handshakes are under way. Without it, a thousand connections
-// that come at once would all be served a little, and all time out.
-type turns chan struct{}
+// turns bounds how many handshakes are under way. Without it, a thousand
+// connections that come at once would all be served a little, and all time out.
+type turns struct {
+	length time.Duration // a peer that is slow, or says nothing, goes on without a turn then
 
-// patience is how long a handshake keeps its turn: a peer that is slow, or says
-// nothing, goes on without one.
-const patience = 2 * time.Second
-
-// try takes a turn if one is free: not before those who wait, because a channel
-// that has senders waiting is full. done gives it back and may be called more than once.
-func (t turns) try() (done func(), ok bool) {
-	select {
-	case t <- struct{}{}:
-		return t.begin(), true
-	default:
-		return nil, false
-	}
+	mu      sync.Mutex
+	free    int
+	waiting []chan struct{} // in the order in which they came
 }
 
-// wait waits for a turn, behind all who came before: those who send to a channel
-// are served in order.
-func (t turns) wait(ctx context.Context) (done func(), ok bool) {
-	select {
-	case t <- struct{}{}:
-		return t.begin(), true
-	case <-ctx.Done():
-		return nil, false
+// queue takes a turn, or a place behind all who wait for one; turn is closed when
+// it has come.
+func (t *turns) queue() (turn <-chan struct{}, now bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.free > 0 {
+		t.free--
+		return nil, true
 	}
+	place := make(chan struct{})
+	t.waiting = append(t.waiting, place)
+	return place, false
 }
 
-func (t turns) begin() (done func()) {
-	back := sync.OnceFunc(func() { <-t })
-	slow := time.AfterFunc(patience, back)
+// begin starts the clock of a turn; done gives it back and may be called more than
+// once.
+func (t *turns) begin() (done func()) {
+	back := sync.OnceFunc(t.next)
+	slow := time.AfterFunc(t.length, back)
 	return func() { slow.Stop(); back() }
+}
+
+func (t *turns) next() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.waiting) == 0 {
+		t.free++
+		return
+	}
+	close(t.waiting[0])
+	t.waiting = t.waiting[1:]
 }
 
 // lobby holds the connections that have not authenticated yet, oldest first.

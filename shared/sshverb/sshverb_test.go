@@ -307,6 +307,31 @@ func TestSilentConnectionsMakeRoom(t *testing.T) {
 	}
 }
 
+// One handshake at a time, and the first says nothing: all others are served.
+func TestHandshakesTakeTurns(t *testing.T) {
+	ts := startServer(t, sshverb.Limits{Connections: 40, PerKey: 40, Handshakes: 1, Turn: 50 * time.Millisecond})
+	silent, err := net.Dial("tcp", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	var all sync.WaitGroup
+	for range 30 {
+		all.Go(func() {
+			c, err := sshverb.Dial(t.Context(), sshverb.Peer{Address: ts.addr, Identity: ts.client, HostKey: ts.host.PublicKey(), Connect: time.Minute})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			if _, err := c.Run(t.Context(), "who", nil, 1<<10); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+}
+
 // A stock OpenSSH client drives the verbs, and gets nothing else.
 func TestOpenSSH(t *testing.T) {
 	ssh, err := exec.LookPath("ssh")
