@@ -57,6 +57,9 @@ func (d *Dir) refresh(r *Report) error {
 		if err := os.MkdirAll(filepath.Join(d.path, folder, "keys"), 0o700); err != nil {
 			return fmt.Errorf("make the keys folder of %s: %w", k.Name, err)
 		}
+		if err := d.keyServerMailPassword(s, k, r); err != nil {
+			return err
+		}
 		data := struct {
 			Site *site.Site
 			site.KeyServer
@@ -75,6 +78,48 @@ func (d *Dir) refresh(r *Report) error {
 	}
 	r.Next = d.Missing()
 	return nil
+}
+
+// keyServerMailPassword gives a key server the site's mail password, unless it has
+// one already: a person may have put one of its own there.
+func (d *Dir) keyServerMailPassword(s *site.Site, k site.KeyServer, r *Report) error {
+	if s.Mail.User == "" {
+		return nil
+	}
+	path := keyServerPassword(k)
+	if _, err := os.Lstat(filepath.Join(d.path, path)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	password, err := d.read("operator/mail_password")
+	if err != nil || password == "" {
+		return err // that there is none yet, Missing says
+	}
+	return d.writeDerived(path, []byte(password.Reveal()), 0o600, r)
+}
+
+// withdrawMailPasswords removes the site's password from the key servers' folders
+// before it is replaced by text; refresh then writes the new one. Their own ones
+// stay.
+func (d *Dir) withdrawMailPasswords(text secret.Text) error {
+	old, err := d.read("operator/mail_password")
+	if err != nil || old == "" || old == text {
+		return err
+	}
+	for _, k := range d.Site().KeyServers {
+		path := keyServerPassword(k)
+		theirs, err := d.read(path)
+		if err == nil && theirs == old {
+			err = os.Remove(filepath.Join(d.path, path))
+		}
+		if err != nil {
+			return fmt.Errorf("replace the mail password of %s: %w", k.Name, err)
+		}
+	}
+	return nil
+}
+
+func keyServerPassword(k site.KeyServer) string {
+	return filepath.Join(keyServerFolder(k.Name), "mail_password")
 }
 
 // homePeer is an appliance or a further pusher, as home's WireGuard sees it.

@@ -8,6 +8,7 @@
 //	pushers/NAME/              for a further Borg server: pusher/, wireguard/
 //	keyserver-NAME/            for a key server
 //	    ssh_host_key
+//	    mail_password          the site's, or one of its own that was put there
 //	    keys/UUID.key          the disks' keys
 //	appliances/NAME/           for one appliance
 //	    farkeep.toml           goes onto its SD card
@@ -109,7 +110,11 @@ func Init(dir string, o Options) (*Dir, *Report, error) {
 		return nil, nil, hint.Exit(hint.ExitUsage, err)
 	}
 	if o.MailPassword != "" {
-		if err := d.writeDerived(filepath.Join("operator", "mail_password"), []byte(o.MailPassword.Reveal()+"\n"), 0o600, r); err != nil {
+		text := o.MailPassword.Reveal() + "\n"
+		if err := d.withdrawMailPasswords(secret.Text(text)); err != nil {
+			return nil, nil, err
+		}
+		if err := d.writeDerived(filepath.Join("operator", "mail_password"), []byte(text), 0o600, r); err != nil {
 			return nil, nil, err
 		}
 	}

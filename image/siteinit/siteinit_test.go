@@ -217,7 +217,7 @@ func TestWhoHasWhat(t *testing.T) {
 		"keyserver-borg/keys/" + disk + ".key":              {"keyserver-borg/"},
 		"operator/admin_key":                                {"operator/"},
 		"operator/restore_key":                              {"operator/"},
-		"operator/mail_password":                            {"operator/", "appliances/attic/"},
+		"operator/mail_password":                            {"operator/", "appliances/attic/", "keyserver-borg/"},
 		"appliances/attic/identity/ssh_host_key":            {"appliances/attic/"},
 		"appliances/attic/identity/ssh_client_key":          {"appliances/attic/"},
 		"appliances/attic/identity/wireguard_key":           {"appliances/attic/"},
@@ -581,4 +581,40 @@ func TestHomesWireGuard(t *testing.T) {
 			t.Errorf("no line %q", line)
 		}
 	}
+}
+
+// A key server mails as the site's user, with the site's password or one of its
+// own, which no later run takes away.
+func TestKeyServersMailPassword(t *testing.T) {
+	d := complete(t)
+	path := filepath.Join(d.Path(), "keyserver-borg", "mail_password")
+	has := func(want string) {
+		t.Helper()
+		text, err := os.ReadFile(path)
+		if err != nil || string(text) != want {
+			t.Errorf("%q, %v; want %q", text, err, want)
+		}
+		if info, err := os.Stat(path); err == nil && info.Mode().Perm() != 0o600 {
+			t.Errorf("mode %v", info.Mode())
+		}
+	}
+	again := func(password string) {
+		t.Helper()
+		o := options()
+		o.MailPassword = secret.Text(password)
+		if _, _, err := siteinit.Init(d.Path(), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	has("correct horse\n")
+	again("battery staple")
+	has("battery staple\n")
+	check(t, os.WriteFile(path, []byte("its own\n"), 0o600))
+	again("")
+	has("its own\n")
+	again("third")
+	has("its own\n")
+	check(t, os.Remove(path))
+	again("")
+	has("third\n")
 }
