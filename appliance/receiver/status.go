@@ -31,6 +31,12 @@ func (r *receiver) collect(k Key) pushwire.Status {
 		if network.ClockJump != "" {
 			now.Degraded = append(now.Degraded, "clock: "+network.ClockJump)
 		}
+		if len(network.Addresses)+len(network.Peers) > 0 {
+			now.VPN = &pushwire.VPNState{Addresses: network.Addresses}
+		}
+		if len(network.Peers) > 0 {
+			now.VPN.Endpoint, now.VPN.LastHandshake = network.Peers[0].Endpoint, network.Peers[0].LastHandshake
+		}
 	}
 	if disk := read[status.Disk](r, r.env.Paths.Status(part.Disk)); disk != nil {
 		now.Disk = diskState(disk)
@@ -59,7 +65,7 @@ func (r *receiver) collect(k Key) pushwire.Status {
 		}
 	}
 	if mail := read[status.Mail](r, r.env.Paths.Status(part.Mail)); mail != nil {
-		now.MailQueued, now.MailError = mail.Queued, mail.LastError
+		now.MailQueued, now.MailError, now.MailSent = mail.Queued, mail.LastError, mail.LastSent
 	}
 	return now
 }

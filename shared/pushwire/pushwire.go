@@ -188,6 +188,8 @@ type Status struct {
 	Alarms       []Alarm            `json:"alarms"`
 	MailQueued   int                `json:"mail_queued"`
 	MailError    string             `json:"mail_error,omitempty"`
+	MailSent     time.Time          `json:"mail_sent,omitzero"` // when its provider took the last one
+	VPN          *VPNState          `json:"vpn,omitempty"`
 	Degraded     []string           `json:"degraded,omitempty"`
 	Restarts     map[string]int     `json:"restarts,omitempty"`
 	Frozen       []string           `json:"frozen,omitempty"` // why nothing expires, in words
@@ -197,6 +199,13 @@ type Status struct {
 	RotCount     int                `json:"rot_count,omitempty"`
 	Retiring     []Retiring         `json:"retiring,omitempty"`
 	Untrue       []Untrue           `json:"untrue,omitempty"` // heartbeats that claimed what was not committed
+}
+
+// VPNState is how an appliance reaches home, where the tunnel is its own.
+type VPNState struct {
+	Addresses     []string  `json:"addresses"` // its own in the network where it stands, ADDRESS/BITS
+	Endpoint      string    `json:"endpoint"`  // where it reaches home, ADDRESS:PORT
+	LastHandshake time.Time `json:"last_handshake,omitzero"`
 }
 
 // Room is what the disk has left for history, in bytes.
