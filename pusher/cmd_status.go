@@ -53,19 +53,30 @@ type targetStatus struct {
 }
 
 func newStatusCmd(env *Env, at *places) *cobra.Command {
-	var asJSON bool
+	var asJSON, travel bool
 	cmd := &cobra.Command{
-		Use:   "status",
+		Use:   "status [APPLIANCE...]",
 		Short: "Say how repositories and targets are",
 		Long: `status lists the repositories that are mirrored, when each was last pushed where,
 what lies beside them and is not mirrored, and what every target says of itself.
 
 Whether a repository has a recent archive is "unknown": that it changed proves
-nothing, and its newest archive cannot be read without a passphrase.`,
+nothing, and its newest archive cannot be read without a passphrase.
+
+With --ready-to-travel it is the list before the drive instead: what must be in order
+before an appliance is carried away, each line ok or not, and what to do. Ask while the
+appliance hangs on another network than home's, a phone's hotspot for instance.`,
 		Example: `  farkeep-pusher status
+  farkeep-pusher status --ready-to-travel attic
   farkeep-pusher status --json | jq '.targets[].status.disk'`,
-		Args: usage.Args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Args: usage.Args(cobra.ArbitraryArgs),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if travel {
+				return readyToTravel(cmd.Context(), env, at, args, asJSON)
+			}
+			if len(args) > 0 {
+				return usage.Errorf("appliances are named with --ready-to-travel only: status is about all of them")
+			}
 			me, err := at.readSelf()
 			if err != nil {
 				return err
@@ -105,6 +116,7 @@ nothing, and its newest archive cannot be read without a passphrase.`,
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	cmd.Flags().BoolVar(&travel, "ready-to-travel", false, "the list before the drive")
 	return cmd
 }
 

@@ -297,6 +297,8 @@ func TestExitCodes(t *testing.T) {
 		{"forget photos --state WORK/state", 2},                 // nothing remembered
 		{"status --site WORK/site.toml --state WORK/state", 3},  // the target does not answer
 		{"push --site WORK/site.toml --state /proc/nowhere", 1}, // no state
+		{"status attic --site WORK/site.toml --state WORK/state", 2},
+		{"status --ready-to-travel --site WORK/site.toml --state WORK/state", 2}, // no appliance
 	} {
 		out := &watcher{text: "\x00"}
 		args := strings.Fields(strings.ReplaceAll(c.args, "WORK", work))
