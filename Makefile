@@ -8,9 +8,9 @@ KILLS    ?= 500
 CUTS     ?= 50
 NEEDS    := qemu-system-arm qemu-system-x86 mmdebstrap borgbackup rsync openssh-client openssh-server cryptsetup-bin \
             fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd \
-            rclone restic
+            rclone restic age zbar-tools gddrescue
 
-.PHONY: help all demo test test-fast lint bench fuzz image simulate torture needs clean
+.PHONY: help all tools demo test test-fast lint bench fuzz image simulate torture needs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,11 @@ all: ## build the programs into bin/
 	$(GO) build -trimpath -buildvcs=auto -o bin/farkeep-image ./image
 	$(GO) build -trimpath -buildvcs=auto -o bin/farkeep-appliance ./appliance
 	GOARCH=arm64 $(GO) build -trimpath -buildvcs=auto -ldflags='-s -w' -o bin/farkeep-appliance-arm64 ./appliance
+
+tools: ## build what a recovery bundle takes along, for both processors, into bin/tools/
+	@mkdir -p bin/tools
+	for arch in amd64 arm64; do for p in keyserver pusher; do \
+	  GOARCH=$$arch $(GO) build -trimpath -buildvcs=auto -ldflags='-s -w' -o bin/tools/farkeep-$$p-$$arch ./$$p || exit 1; done; done
 
 demo: needs all ## build an image, boot a Pi from it, push, cut its power, restore, raise the alarm
 	bin/farkeep-image demo --bin bin

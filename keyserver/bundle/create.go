@@ -498,7 +498,7 @@ func tools(files []string, c *Contents, r *Report) error {
 	}
 	for _, arch := range []string{"amd64", "arm64"} {
 		if !have["linux-"+arch+" farkeep-keyserver"] {
-			r.note("no recovery tool for linux-%s is in it: make all builds it, --tools BIN/* takes it along. Nothing needs it", arch)
+			r.note("no recovery tool for linux-%s is in it: make tools builds it, --tools FILE takes it along. Nothing needs it", arch)
 		}
 	}
 	return nil
