@@ -89,6 +89,7 @@ revoked it, and writes down every decision before it acts on it.`,
 		newCheckCmd(env, where),
 		newAuditCmd(env, where),
 		newBundleCmd(env),
+		newDrillCmd(env),
 	)
 	return root
 }
