@@ -203,9 +203,9 @@ func (m *Machine) listen() {
 	}
 }
 
-// Answer is what a person types when a program asks.
+// Answer is what a person types whenever a program asks.
 type Answer struct {
-	Asked *regexp.Regexp // what it prints, since the block's beginning
+	Asked *regexp.Regexp // what it prints, since the block's beginning or the last answer
 	Text  string         // typed, and ended with the return key
 }
 
@@ -214,7 +214,7 @@ const mark = '\036'
 
 // until waits for the next such word, and returns it and what was printed before.
 func (m *Machine) until(ctx context.Context, answers []Answer) (word string, out []byte, err error) {
-	pending := append([]Answer(nil), answers...)
+	asked := 0 // from here on nobody has answered
 	for {
 		if i := bytes.IndexByte(m.rest, mark); i >= 0 {
 			if j := bytes.IndexByte(m.rest[i+1:], mark); j >= 0 {
@@ -226,11 +226,13 @@ func (m *Machine) until(ctx context.Context, answers []Answer) (word string, out
 		if len(m.rest) > maxOutput {
 			return "", nil, fmt.Errorf("it printed more than %d bytes", maxOutput)
 		}
-		if len(pending) > 0 && pending[0].Asked.Match(m.rest) {
-			if _, err := io.WriteString(m.tty, pending[0].Text+"\n"); err != nil {
-				return "", m.rest, fmt.Errorf("type an answer: %w", err)
+		for _, a := range answers {
+			if a.Asked.Match(m.rest[asked:]) {
+				if _, err := io.WriteString(m.tty, a.Text+"\n"); err != nil {
+					return "", m.rest, fmt.Errorf("type an answer: %w", err)
+				}
+				asked = len(m.rest)
 			}
-			pending = pending[1:]
 		}
 		select {
 		case b, ok := <-m.printed:
@@ -258,7 +260,7 @@ func (e *ScriptError) Error() string {
 // Run pastes a block of commands into the shell and returns what it printed, both
 // outputs mixed as on a terminal. Variables and the current folder stay for the next
 // block. A command that goes wrong ends the shell: the error is a *ScriptError, and
-// the next block has a fresh shell. Questions are answered in the order of answers;
+// the next block has a fresh shell. Questions are answered as often as they are asked;
 // what is asked besides waits until ctx ends, and the machine is of no use then.
 func (m *Machine) Run(ctx context.Context, script string, answers ...Answer) (string, error) {
 	if len(script) > maxScript {

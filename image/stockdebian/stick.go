@@ -43,10 +43,10 @@ import (
 const Release = "trixie"
 
 // packages are what docs/recovery.md tells a user to have, and what a Debian that
-// boots has anyway. busybox-static serves our initramfs.
+// boots has anyway, and for a home that is rebuilt. busybox-static serves our initramfs.
 var packages = []string{
 	"linux-image-amd64", "udev", "kmod", "iproute2", "busybox-static",
-	"cryptsetup", "borgbackup", "e2fsprogs", "age", "openssh-client",
+	"cryptsetup", "borgbackup", "e2fsprogs", "age", "gddrescue", "openssh-client", "wireguard-tools", "nftables",
 }
 
 //go:embed guest/init
