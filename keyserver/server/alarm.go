@@ -2,6 +2,7 @@ package server
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"farkeep/keyserver/alert"
@@ -42,12 +43,26 @@ func (s *Server) alarm(a site.Appliance, r keywire.Request, o *outcome, record a
 			raise(alert.Slots, fmt.Sprintf("%s: %d", alarm, c.Slots))
 		}
 	}
+	if why := s.bundleStale(a, r, o); why != "" {
+		raise(alert.BundleStale, why)
+	}
 	if o.before.Told.IsZero() && !o.after.Told.IsZero() {
 		raise(alert.RevokedTold, o.after.Standing.Reason)
 	}
 	if o.before.Dark.IsZero() && !o.after.Dark.IsZero() {
 		raise(alert.Dark, "the appliance says so")
 	}
+}
+
+// bundleStale says why the recovery bundle that site.toml names does not open the
+// disk as it is now, once for each header that the disk turns out to have. A header
+// that is not the backed-up one either is told of as such, and says this too.
+func (s *Server) bundleStale(a site.Appliance, r keywire.Request, o *outcome) string {
+	live := r.Claims.Header
+	if live == "" || live == o.before.Header.Digest || s.c.Site.Bundle.Created.IsZero() || slices.Contains(o.decision.Alarms, policy.AlarmHeader) {
+		return ""
+	}
+	return s.c.Site.Bundle.Stale(a.LUKS, live)
 }
 
 // kindOf is the kind of mail for a decision that was not expected.
