@@ -353,8 +353,8 @@ func (c tree) list() (pushwire.Offer, []byte) {
 	return pushwire.Offer{Digest: sum.Digest.String(), Entries: sum.Entries, Bytes: sum.Bytes, Kind: pushwire.KindFiles}, out.Bytes()
 }
 
-func opener(list []byte) func() (io.ReadCloser, error) {
-	return func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(list)), nil }
+func opener(list []byte) target.List {
+	return func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(list)), nil }
 }
 
 // stream writes the recipe stream that an answer asks for.

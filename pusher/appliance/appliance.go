@@ -155,7 +155,7 @@ func (a *Appliance) Wake(ctx context.Context) error {
 }
 
 // Offer implements target.Target.
-func (a *Appliance) Offer(ctx context.Context, repository string, offer pushwire.Offer, list func() (io.ReadCloser, error)) (target.Answer, error) {
+func (a *Appliance) Offer(ctx context.Context, repository string, offer pushwire.Offer, list target.List) (target.Answer, error) {
 	client, err := a.connected(ctx)
 	if err != nil {
 		return target.Answer{}, err
@@ -164,7 +164,7 @@ func (a *Appliance) Offer(ctx context.Context, repository string, offer pushwire
 	return answer, a.ended(client, err)
 }
 
-func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repository string, offer pushwire.Offer, list func() (io.ReadCloser, error)) (answer target.Answer, err error) {
+func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repository string, offer pushwire.Offer, list target.List) (answer target.Answer, err error) {
 	d, err := client.Start(ctx, "offer "+repository)
 	if err != nil {
 		return answer, err
@@ -178,7 +178,7 @@ func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repositor
 		return answer, err
 	}
 	if answer.Answer == pushwire.AnswerSendManifest {
-		source, err := list()
+		source, err := list(answer.BaseDigest)
 		if err != nil {
 			return answer, err
 		}

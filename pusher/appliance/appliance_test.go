@@ -65,8 +65,8 @@ func start(t *testing.T, exec sshverb.Handler) *appliance.Appliance {
 	return a
 }
 
-func list(text string) func() (io.ReadCloser, error) {
-	return func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(text)), nil }
+func list(text string) target.List {
+	return func(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(text)), nil }
 }
 
 func TestOffer(t *testing.T) {

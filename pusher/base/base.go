@@ -6,7 +6,7 @@
 // For each target and repository [Memory] keeps one file: of every segment the
 // entries' sizes and fingerprints, 10 to 12 bytes each, and which index, hints and
 // integrity files the generation has. The latter are kept whole, once for all
-// targets. [Plan] compares them with the files of the next push and gives, for
+// targets. [Memory.Plan] compares them with the files of the next push and gives, for
 // every file, the steps that build it.
 //
 // Nothing here has to be true. A fingerprint that fits by accident, or a file that
@@ -71,6 +71,7 @@ var errDamaged = errors.New("the notes on what the target holds are damaged")
 // Memory is a folder of notes:
 //
 //	DIR/REPOSITORY/TARGET.base     what the target's newest generation holds
+//	DIR/REPOSITORY/TARGET.manifest its manifest
 //	DIR/REPOSITORY/kept/SUM        index, hints and integrity files of such generations
 //
 // One process at a time may write it; its methods may be called concurrently.
@@ -241,19 +242,7 @@ func (m *Memory) keep(repository string, e manifest.Entry, open func(string) (*o
 		return err
 	}
 	defer in.Close()
-	out, err := os.CreateTemp(filepath.Dir(to), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(out.Name())
-	_, err = io.Copy(out, io.LimitReader(in, e.Size))
-	if closed := out.Close(); err == nil {
-		err = closed
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(out.Name(), to)
+	return replace(to, io.LimitReader(in, e.Size))
 }
 
 // sweep removes what no target's notes refer to.

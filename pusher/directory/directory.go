@@ -70,7 +70,11 @@ func (d *Directory) wrap(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("target %s: %w", d.config.Name, err)
+	err = fmt.Errorf("target %s: %w", d.config.Name, err)
+	if errors.Is(err, generations.ErrBusy) {
+		err = hint.Exit(hint.ExitUnreachable, err) // it passes by itself, as on an appliance
+	}
+	return err
 }
 
 // Wake implements target.Target: it opens the folder.
@@ -125,12 +129,12 @@ func (d *Directory) there() error {
 }
 
 // Offer implements target.Target.
-func (d *Directory) Offer(ctx context.Context, repository string, offer pushwire.Offer, list func() (io.ReadCloser, error)) (target.Answer, error) {
+func (d *Directory) Offer(ctx context.Context, repository string, offer pushwire.Offer, list target.List) (target.Answer, error) {
 	answer, err := d.offer(ctx, repository, offer, list)
 	return answer, d.wrap(err)
 }
 
-func (d *Directory) offer(ctx context.Context, repository string, offer pushwire.Offer, list func() (io.ReadCloser, error)) (target.Answer, error) {
+func (d *Directory) offer(ctx context.Context, repository string, offer pushwire.Offer, list target.List) (target.Answer, error) {
 	store, err := d.open()
 	if err != nil {
 		return target.Answer{}, err
@@ -157,8 +161,8 @@ func (d *Directory) offer(ctx context.Context, repository string, offer pushwire
 	return target.Answer{OfferAnswer: answer.OfferAnswer, Needed: answer.Needed}, nil
 }
 
-func takeManifest(ctx context.Context, tx *generations.Transaction, list func() (io.ReadCloser, error)) (generations.Answer, error) {
-	r, err := list()
+func takeManifest(ctx context.Context, tx *generations.Transaction, list target.List) (generations.Answer, error) {
+	r, err := list("") // nothing is gained by a delta within a machine
 	if err != nil {
 		return generations.Answer{}, err
 	}

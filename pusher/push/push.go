@@ -231,7 +231,7 @@ func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcom
 		if !again {
 			if err == nil {
 				o.digest = l.Digest.String()
-				p.remember(ctx, t, pic, l, lane)
+				p.remember(ctx, t, pic, l, o, lane)
 				err = p.Memory.Pushed(pic.repository, t.Name(), repository.Push{At: p.Now().UTC(), Generation: o.Generation, Digest: o.digest, New: o.New})
 			}
 			return err
@@ -310,7 +310,7 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	}
 	r := pic.repository
 	offer := pushwire.Offer{Digest: l.Digest.String(), Entries: l.Entries, Bytes: l.Bytes, Kind: r.Kind, RepositoryID: r.ID}
-	answer, err := t.Offer(ctx, r.Name, offer, l.open)
+	answer, err := p.offer(ctx, t, r.Name, offer, l)
 	if err != nil {
 		return err
 	}
@@ -352,6 +352,32 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	// What heals a generation makes none.
 	o.Generation, o.New, o.Suspect = done.Generation, !answer.Heal, done.Suspect
 	return nil
+}
+
+// offer offers, with a delta of the manifest where the target has the one before.
+func (p *Push) offer(ctx context.Context, t target.Target, repository string, offer pushwire.Offer, l *list) (target.Answer, error) {
+	delta := false
+	answer, err := t.Offer(ctx, repository, offer, func(base string) (io.ReadCloser, error) {
+		r, err := p.bases.Delta(t.Name(), repository, base, l.path, p.state("work", ""))
+		if err != nil {
+			p.Log.Warn("sending the whole manifest", "repository", repository, "target", t.Name(), "err", err)
+		}
+		if r == nil {
+			return l.open()
+		}
+		delta = true
+		return r, nil
+	})
+	if err == nil || !delta || target.Temporary(err) || ctx.Err() != nil {
+		return answer, err
+	}
+	// If the manifest that we keep was to blame, the whole one is taken; if not, it
+	// is refused for the same reason again.
+	p.Log.Warn("sending the whole manifest", "repository", repository, "target", t.Name(), "err", err)
+	if err := p.bases.ForgetManifest(t.Name(), repository); err != nil {
+		return answer, err
+	}
+	return t.Offer(ctx, repository, offer, func(string) (io.ReadCloser, error) { return l.open() })
 }
 
 func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *list, answer target.Answer, careful bool, o *Outcome, lane *progress.Lane) error {
@@ -407,13 +433,16 @@ func (p *Push) plan(ctx context.Context, t target.Target, pic *picture, answer t
 }
 
 // remember notes what the target holds now. Without it the next push sends more.
-func (p *Push) remember(ctx context.Context, t target.Target, pic *picture, l *list, lane *progress.Lane) {
-	if pic.repository.Kind != pushwire.KindBorg1 {
-		return
-	}
+func (p *Push) remember(ctx context.Context, t target.Target, pic *picture, l *list, o *Outcome, lane *progress.Lane) {
 	lane.Begin("noting "+pic.repository.Name, 0)
 	defer lane.End()
 	err := func() error {
+		if err := p.bases.KeepManifest(t.Name(), pic.repository.Name, l.path, o.New); err != nil {
+			return err
+		}
+		if pic.repository.Kind != pushwire.KindBorg1 {
+			return nil
+		}
 		dir, err := os.OpenRoot(pic.root())
 		if err != nil {
 			return err

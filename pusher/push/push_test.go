@@ -198,6 +198,7 @@ type wrapped struct {
 	target.Target
 	name     string
 	wake     func() error
+	list     func(target.List) target.List
 	onUpload func(w io.Writer) io.Writer
 	uploaded func(error) error
 	commit   func() error
@@ -218,6 +219,13 @@ func (w *wrapped) Wake(ctx context.Context) error {
 		}
 	}
 	return w.Target.Wake(ctx)
+}
+
+func (w *wrapped) Offer(ctx context.Context, repository string, offer pushwire.Offer, list target.List) (target.Answer, error) {
+	if w.list != nil {
+		list = w.list(list)
+	}
+	return w.Target.Offer(ctx, repository, offer, list)
 }
 
 func (w *wrapped) Upload(ctx context.Context, push string, write func(io.Writer) error) (pushwire.UploadAnswer, error) {

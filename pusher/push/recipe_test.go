@@ -18,8 +18,10 @@ import (
 	"farkeep/pusher/base"
 	"farkeep/pusher/borgtest"
 	"farkeep/pusher/borgtest/household"
+	"farkeep/pusher/target"
 	"farkeep/shared/borgsegment"
 	"farkeep/shared/manifest"
+	"farkeep/shared/site"
 )
 
 // compacted is a repository that was pushed, and of which then an archive was
@@ -339,4 +341,104 @@ func (l *ledger) night(t *testing.T) (fresh, differ int64) {
 	}
 	l.entries, l.small = now, small
 	return fresh, differ
+}
+
+// Of a manifest that the target has the one before of, what differs is sent; and
+// the whole one where what is kept here is not what the target has.
+func TestManifestDelta(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	source, disk := t.TempDir(), t.TempDir()
+	for i := range 2000 {
+		if err := os.WriteFile(filepath.Join(source, fmt.Sprintf("%04d", i)), []byte(fmt.Sprint(i)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.site.Folders = nil
+	b.site.Repositories = []site.Repository{{Name: "papers", Path: source}}
+	w := b.wrapped(disk)
+	var base string
+	var listed [][]byte
+	w.list = func(list target.List) target.List {
+		return func(string) (io.ReadCloser, error) {
+			r, err := list(base)
+			if err != nil {
+				return nil, err
+			}
+			defer r.Close()
+			got, err := io.ReadAll(r)
+			listed = append(listed, got)
+			return io.NopCloser(bytes.NewReader(got)), err
+		}
+	}
+	// push changes a file, pushes, and says how the manifest went.
+	push := func(content string) (sizes []int) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(source, "1000"), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		listed = nil
+		o := b.mustPush().Outcomes[0]
+		base = o.digest
+		got, err := os.ReadFile(filepath.Join(disk, "generations", "papers", o.Generation, "MANIFEST"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept, err := os.ReadFile(filepath.Join(b.state, "base", "papers", "disk.manifest"))
+		if err != nil || !bytes.Equal(got, kept) {
+			t.Errorf("what is kept, %d bytes, is not the generation's, %d bytes; %v", len(kept), len(got), err)
+		}
+		for _, l := range listed {
+			sizes = append(sizes, len(l))
+		}
+		return sizes
+	}
+	first := push("one")
+	if len(first) != 1 || first[0] < 50_000 {
+		t.Fatalf("the first manifest: %v bytes", first)
+	}
+	if second := push("two"); len(second) != 1 || second[0] > 200 {
+		t.Errorf("one file of 2,000 changed: %v bytes", second)
+	}
+	// The same content, other times: the digest cannot tell, the target can.
+	path := filepath.Join(b.state, "base", "papers", "disk.manifest")
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var touched bytes.Buffer
+	in, out := manifest.NewReader(bytes.NewReader(raw)), manifest.NewWriter(&touched)
+	for {
+		e, err := in.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Path == "0007" {
+			e.MTime += 1000
+		}
+		if err := out.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := out.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, touched.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if third := push("three"); len(third) != 2 || third[1] < 50_000 {
+		t.Errorf("with another manifest kept: %v bytes", third)
+	}
+	if err := os.WriteFile(path, []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if fourth := push("four"); len(fourth) != 1 || fourth[0] < 50_000 {
+		t.Errorf("with nothing kept: %v bytes", fourth)
+	}
+	if fifth := push("five"); len(fifth) != 1 || fifth[0] > 200 {
+		t.Errorf("in the end: %v bytes", fifth)
+	}
 }

@@ -24,6 +24,7 @@ const maxNote = 256
 //	STATE/cache/         hash caches (package listing)
 //	STATE/locks/         borg's locks that are held (package borglock)
 //	STATE/work/          manifests of the push under way
+//	STATE/base/          what the targets hold (package base)
 type State struct{ lock *os.File }
 
 // Open takes the state folder at dir for this process, and makes what is not

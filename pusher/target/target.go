@@ -32,8 +32,9 @@ type Target interface {
 	Wake(ctx context.Context) error
 
 	// Offer says what the repository looks like now. list opens the manifest,
-	// whose summary the offer repeats; it is called only when the target asks.
-	Offer(ctx context.Context, repository string, offer pushwire.Offer, list func() (io.ReadCloser, error)) (Answer, error)
+	// whose summary the offer repeats, or a delta of the one with the digest base,
+	// which the target has; base may be "". It is called only when the target asks.
+	Offer(ctx context.Context, repository string, offer pushwire.Offer, list List) (Answer, error)
 
 	// Upload sends one recipe stream (package shared/recipe) with the needed files,
 	// in ascending order of their manifest indexes. write produces the stream; an
@@ -57,6 +58,9 @@ type Target interface {
 	// Close ends the connection.
 	Close() error
 }
+
+// List opens a manifest, or a delta of the one with the digest base, hex; "": none.
+type List func(base string) (io.ReadCloser, error)
 
 // Answer is the answer to an offer.
 type Answer struct {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 
 	"farkeep/shared/beneath"
@@ -267,11 +268,11 @@ func (t *Transaction) resume(ctx context.Context) (Answer, error) {
 		if !errors.Is(err, fs.ErrNotExist) {
 			t.store.opt.Log.Warn("an interrupted push cannot be read and begins anew", "repository", t.req.Repository, "err", err)
 		}
-		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}, nil
+		return t.wantManifest(ctx)
 	}
 	h := t.req.Offer
 	if p.Digest != t.digest || p.Entries != h.Entries || p.Bytes != h.Bytes || p.Pusher != t.req.Pusher {
-		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}, nil
+		return t.wantManifest(ctx)
 	}
 	t.id = p.Push
 	answer, err := t.plan(ctx)
@@ -280,13 +281,27 @@ func (t *Transaction) resume(ctx context.Context) (Answer, error) {
 	if err != nil && ctx.Err() == nil && !errors.As(err, &space) && !errors.As(err, &quota) {
 		// Whatever is wrong with it, a manifest taken anew finds out or mends it.
 		t.store.opt.Log.Warn("an interrupted push cannot be resumed and begins anew", "repository", t.req.Repository, "err", err)
-		return Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}, nil
+		return t.wantManifest(ctx)
 	}
 	return answer, err
 }
 
-// TakeManifest reads the manifest that was offered, to the end of r, and answers
-// "send". Whatever does not match the offer is refused as soon as it is seen.
+// wantManifest asks for the manifest, or for a delta of the newest one that is here.
+func (t *Transaction) wantManifest(ctx context.Context) (Answer, error) {
+	answer := Answer{OfferAnswer: pushwire.OfferAnswer{Answer: pushwire.AnswerSendManifest}}
+	list, err := t.store.List(ctx, t.req.Repository)
+	for _, g := range slices.Backward(list) {
+		if g.Format != 0 {
+			answer.BaseDigest = g.Digest.String()
+			break
+		}
+	}
+	return answer, err
+}
+
+// TakeManifest reads the manifest that was offered, or a delta that makes it out of
+// the manifest of a generation that is here, to the end of r, and answers "send".
+// Whatever does not match the offer is refused as soon as it is seen.
 func (t *Transaction) TakeManifest(ctx context.Context, r io.Reader) (Answer, error) {
 	answer, err := t.takeManifest(ctx, r)
 	if err != nil {
@@ -304,7 +319,16 @@ func (t *Transaction) takeManifest(ctx context.Context, r io.Reader) (Answer, er
 		return Answer{}, err
 	}
 	defer f.Close()
-	err = t.copyManifest(ctx, r, f)
+	in := bufio.NewReader(r)
+	if head, _ := in.Peek(len(manifest.DeltaMagic)); string(head) == manifest.DeltaMagic {
+		made, done := t.applyDelta(ctx, in)
+		err = t.copyManifest(ctx, made, f)
+		if wrong := done(); err == nil {
+			err = wrong
+		}
+	} else {
+		err = t.copyManifest(ctx, in, f)
+	}
 	if err == nil {
 		err = f.Sync()
 	}
@@ -332,6 +356,50 @@ func (t *Transaction) takeManifest(ctx context.Context, r io.Reader) (Answer, er
 		err = errors.Join(err, t.dir.Remove(ManifestFile))
 	}
 	return answer, err
+}
+
+// applyDelta returns the manifest that a delta makes, as it is made, and a function
+// that ends that and returns what was wrong with the delta.
+func (t *Transaction) applyDelta(ctx context.Context, delta io.Reader) (io.Reader, func() error) {
+	r, w := io.Pipe()
+	result := make(chan error, 1)
+	go func() {
+		_, err := manifest.ApplyDelta(w, delta, func(digest manifest.Sum) (io.ReadCloser, error) { return t.manifestOf(ctx, digest) })
+		w.CloseWithError(err)
+		result <- err
+	}()
+	return r, func() error {
+		r.CloseWithError(errStopped)
+		err := <-result
+		if errors.Is(err, errStopped) {
+			err = nil // whoever stopped it knows why
+		}
+		return err
+	}
+}
+
+var errStopped = errors.New("stopped")
+
+// manifestOf opens the manifest of the newest generation with that digest.
+func (t *Transaction) manifestOf(ctx context.Context, digest manifest.Sum) (io.ReadCloser, error) {
+	list, err := t.store.List(ctx, t.req.Repository)
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range slices.Backward(list) {
+		if g.Format == 0 || g.Digest != digest {
+			continue
+		}
+		dir, release, err := t.store.hold(t.req.Repository, g.Name)
+		if err != nil {
+			return nil, err
+		}
+		f, _, err := dir.Open(ManifestFile)
+		// An open file stays, whatever becomes of its generation.
+		release()
+		return f, err
+	}
+	return nil, fmt.Errorf("%w: no generation has the digest %v", manifest.ErrDelta, digest)
 }
 
 // copyManifest writes the manifest to f as it is checked.

@@ -64,7 +64,7 @@ func offer(t testing.TB, to target.Target, repository string, tr tree) *push {
 	o, encoded, entries := tr.list(t)
 	p := &push{entries: entries, tree: tr}
 	var err error
-	p.Answer, err = to.Offer(t.Context(), repository, o, func() (io.ReadCloser, error) {
+	p.Answer, err = to.Offer(t.Context(), repository, o, func(string) (io.ReadCloser, error) {
 		p.listed++
 		return io.NopCloser(bytes.NewReader(encoded)), nil
 	})
@@ -259,7 +259,7 @@ func Run(t *testing.T, open func(t *testing.T) target.Target) {
 	t.Run("BadOffers", func(t *testing.T) {
 		to := awake(t)
 		good, encoded, _ := home.list(t)
-		list := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(encoded)), nil }
+		list := func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(encoded)), nil }
 		wrong := good
 		wrong.Entries++
 		for _, c := range []struct {
