@@ -1,0 +1,195 @@
+package main
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"farkeep/keyserver/orders"
+	"farkeep/shared/site"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.zx2c4.com/wireguard/conn"
+	wgdevice "golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/ipc"
+	"golang.zx2c4.com/wireguard/tun"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+const inNamespace = "FARKEEP_TEST_NAMESPACE"
+
+// namespace runs the rest of a test in a network and mount namespace of its own,
+// where it may have a WireGuard interface; it reports whether this is there.
+func namespace(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(inNamespace) == t.Name() {
+		for _, err := range []error{
+			syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""),
+			// wg and wgctrl look for sockets in /var/run/wireguard.
+			syscall.Mount("run", "/run", "tmpfs", 0, ""),
+		} {
+			if err != nil {
+				t.Fatal("prepare the namespaces: ", err)
+			}
+		}
+		return true
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=60s")
+	cmd.Env = append(os.Environ(), inNamespace+"="+t.Name())
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("in a network namespace (the tests run as root): %v\n%s", err, out)
+	}
+	return false
+}
+
+// userspace makes a WireGuard interface with its Go implementation: the machine
+// that runs the tests may have no WireGuard in its kernel.
+func userspace(t *testing.T, name string) {
+	t.Helper()
+	dev, err := tun.CreateTUN(name, 1420)
+	if err != nil {
+		t.Fatal("make a TUN device: ", err)
+	}
+	wg := wgdevice.NewDevice(dev, conn.NewDefaultBind(), wgdevice.NewLogger(wgdevice.LogLevelSilent, ""))
+	t.Cleanup(wg.Close)
+	file, err := ipc.UAPIOpen(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	uapi, err := ipc.UAPIListen(name, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { uapi.Close() })
+	go func() {
+		for {
+			c, err := uapi.Accept()
+			if err != nil {
+				return
+			}
+			go wg.IpcHandle(c)
+		}
+	}()
+}
+
+// TestRevokeVoids has root revoke an appliance for a service that runs as another
+// user, with the real wg(8) to say what is left of the tunnel.
+func TestRevokeVoids(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	const service = 12345
+	dir := t.TempDir()
+	if err := setup(&testscript.Env{WorkDir: dir}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := site.Read(filepath.Join(dir, "site.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	attic, shed := s.Appliances[0], s.Appliances[1]
+	userspace(t, "farkeep")
+	private, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conf := filepath.Join(dir, "farkeep.conf")
+	text := fmt.Sprintf("[Interface]\nPrivateKey = %s\n\n[Peer]\n# attic\nPublicKey = %s\nAllowedIPs = 10.77.0.2/32\n\n[Peer]\n# shed\nPublicKey = %s\nAllowedIPs = 10.77.0.3/32\n", private, attic.VPNKey, shed.VPNKey)
+	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wg := func(args ...string) string {
+		out, err := exec.Command("wg", args...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("wg %v (apt install wireguard-tools): %v: %s", args, err, out)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	wg("setconf", "farkeep", conf)
+	state := filepath.Join(dir, "state")
+	for _, err := range []error{
+		os.Mkdir(state, 0o700), os.Chown(state, service, service),
+		os.Chmod(dir, 0o755), os.Chmod(filepath.Dir(dir), 0o755),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(args ...string) string {
+		t.Helper()
+		cmd := exec.Command(program, append(args, "--site", "site.toml", "--secrets", "secrets", "--state", "state")...)
+		cmd.Dir = dir
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %v: %s", args, err, out)
+		}
+		return string(out)
+	}
+	expect := func(out string, wanted ...string) {
+		t.Helper()
+		for _, w := range wanted {
+			if !strings.Contains(out, w) {
+				t.Errorf("no word of %q:\n%s", w, out)
+			}
+		}
+	}
+
+	// Printed only.
+	out := run("revoke", "attic", "--reason", "stolen", "--wait", "0", "--wg-conf", conf)
+	expect(out, "wg set farkeep peer "+attic.VPNKey+" remove", conf, "SSH client key SHA256:", "SSH host key SHA256:", "a@example.net at smtp.example.net:465")
+	if got := strings.Fields(wg("show", "farkeep", "peers")); len(got) != 2 {
+		t.Errorf("peers: %v", got)
+	}
+	// Carried out.
+	out = run("revoke", "attic", "--reason", "stolen", "--wait", "0", "--void", "--wg-conf", conf)
+	expect(out, "out of "+conf, "out of the interface farkeep: it cannot be told anything any more", "is void here")
+	if got := wg("show", "farkeep", "peers"); got != shed.VPNKey {
+		t.Errorf("peers: %v", got)
+	}
+	wg("setconf", "farkeep", conf)
+	if got := wg("show", "farkeep", "peers"); got != shed.VPNKey {
+		t.Errorf("peers after the next start: %v", got)
+	}
+	fingerprint, err := clientFingerprint(&attic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if void, err := orders.IsVoid(state, "attic", fingerprint); err != nil || !void {
+		t.Errorf("void: %v, %v", void, err)
+	}
+	// Twice is the same as once.
+	run("revoke", "attic", "--reason", "stolen", "--wait", "0", "--void", "--wg-conf", conf)
+	expect(run("allow", "attic", "--reason", "found"), "is void: it gets no session", "allow --unvoid")
+	expect(run("allow", "attic", "--reason", "found", "--unvoid"), "is taken again")
+	if void, err := orders.IsVoid(state, "attic", fingerprint); err != nil || void {
+		t.Errorf("void: %v, %v", void, err)
+	}
+	expect(run("audit"), "void done attic", "unvoid done attic")
+	// Whatever root wrote, the service can read and change.
+	if err := filepath.WalkDir(state, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil && info.Sys().(*syscall.Stat_t).Uid != service {
+			t.Errorf("%s belongs to %d", path, info.Sys().(*syscall.Stat_t).Uid)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	// No interface, no file: what was done stays done, and the rest is an error with a way out.
+	cmd := exec.Command(program, "revoke", "shed", "--reason", "x", "--wait", "0", "--void", "--wg-interface", "none0", "--site", "site.toml", "--secrets", "secrets", "--state", "state")
+	cmd.Dir = dir
+	bad, err := cmd.CombinedOutput()
+	if err == nil {
+		t.Error("a peer was voided in an interface that is not there")
+	}
+	expect(string(bad), "shed is revoked", "no such WireGuard interface here: none0", "on the machine where the tunnel ends")
+}
