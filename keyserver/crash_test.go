@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"farkeep/keyserver/audit"
+	"farkeep/keyserver/orders"
+	"farkeep/keyserver/policy"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
 	"farkeep/shared/keywire"
@@ -209,4 +211,55 @@ func TestServeKilledAtAnyInstant(t *testing.T) {
 		t.Error("no key after all that")
 	}
 	t.Logf("%d rounds: %d answers came whole, %d were cut off, %d keys, %d on record", rounds, whole, cut, k.got, k.granted())
+}
+
+// TestOrdersKilledAtAnyInstant kills the command line in the middle of orders. A
+// revocation that was reported counts and is on record; one that was cut off can
+// be given again; and nothing that was cut off leaves the state or the chain broken.
+func TestOrdersKilledAtAnyInstant(t *testing.T) {
+	k := prepareKilling(t)
+	kill := k.serve()
+	if _, answered := k.ask(t.Context(), keywire.Key, func() {}); !answered {
+		t.Fatal("no key from the start")
+	}
+	kill()
+	policies := policy.Open(k.state())
+	rounds := 12
+	if os.Getenv("FARKEEP_LONG") != "" {
+		rounds = 500
+	}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	chance := rand.New(rand.NewPCG(seed, 5))
+	cut := 0
+	for n := range rounds {
+		order := []string{"revoke", "attic", "--reason", "stolen", "--wait", "0"}
+		want := policy.Revoked
+		if n%2 == 1 {
+			order, want = []string{"allow", "attic", "--reason", "found"}, policy.Enabled
+		}
+		cmd := k.command(order...)
+		k.check(cmd.Start())
+		killer := time.AfterFunc(time.Duration(chance.Int64N(int64(60*time.Millisecond))), func() { cmd.Process.Kill() })
+		err := cmd.Wait()
+		killer.Stop()
+		s, readErr := policies.Read("attic")
+		k.check(readErr)
+		if err == nil && s.Standing.State != want {
+			t.Fatalf("%s was reported, and attic is %s", order[0], s.Standing.State)
+		}
+		if err != nil {
+			cut++
+			if out, err := k.command(order...).CombinedOutput(); err != nil {
+				t.Fatalf("%s, given again: %v: %s", order[0], err, out)
+			}
+		}
+		k.granted()
+		last, err := orders.LastOrders(k.state())
+		k.check(err)
+		if s, err = policies.Read("attic"); err != nil || s.Standing.State != want || last["attic"] != order[0] {
+			t.Fatalf("after %s: attic is %s, the record's last word is %s, %v", order[0], s.Standing.State, last["attic"], err)
+		}
+	}
+	t.Logf("%d orders, %d cut off", rounds, cut)
 }
