@@ -10,6 +10,7 @@ import (
 	"html"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,6 +27,7 @@ import (
 	"farkeep/image/stage/stagetest"
 	"farkeep/image/stockdebian"
 	"farkeep/shared/runsteps"
+	"farkeep/shared/site"
 )
 
 const (
@@ -436,4 +438,107 @@ cryptsetup close to
 		}
 	}
 	t.Logf("%8.1f s  in all, %d steps", time.Since(began).Seconds(), steps)
+}
+
+// block is a block of commands out of a page of docs: the one that has the words.
+func block(t *testing.T, page, words string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("../../docs", page))
+	must(t, err)
+	for _, m := range regexp.MustCompile("(?ms)^```sh\n(.*?)^```$").FindAllStringSubmatch(string(text), -1) {
+		if strings.Contains(m[1], words) {
+			return m[1]
+		}
+	}
+	t.Fatalf("docs/%s has no commands with %q", page, words)
+	return ""
+}
+
+// TestStockClient is a plain Debian, or Raspberry Pi OS, that uses the key server
+// without our appliance: the very commands of docs/keyserver.md, with Debian's ssh
+// and cryptsetup, against the real key server.
+func TestStockClient(t *testing.T) {
+	dir := t.TempDir()
+	log, err := os.Create(filepath.Join(dir, "log"))
+	must(t, err)
+	defer func() {
+		log.Close()
+		if b, _ := os.ReadFile(log.Name()); t.Failed() {
+			t.Logf("commands and consoles:\n%s", b[max(0, len(b)-20_000):])
+		}
+	}()
+	s, err := stage.New(t.Context(), stage.Options{Dir: dir, Bin: stagetest.Programs(t), Out: log, Console: log, Log: slog.New(slog.DiscardHandler)})
+	must(t, err)
+	defer s.Close()
+	must(t, s.BuildImage(t.Context()))
+	barn, err := s.Add(t.Context(), stage.Cast{Name: "barn", Machine: emulate.RaspberryPi3, DiskSize: diskSize, Relay: emulate.Relay{None: true}})
+	must(t, err)
+	must(t, s.StartKeyServer(t.Context()))
+	keyserver := func(args ...string) string {
+		t.Helper()
+		out, err := s.Run(t.Context(), "farkeep-keyserver", append(args, s.KeyServerFlags()...)...)
+		must(t, err)
+		return out
+	}
+	client, err := os.ReadFile(filepath.Join(s.Site, "appliances", "barn", "identity", "ssh_client_key"))
+	must(t, err)
+	described, err := site.Read(filepath.Join(s.Site, "site.toml"))
+	must(t, err)
+
+	disk := stockdebian.Disk{Path: barn.Disk, Serial: "usb"}
+	m, err := stockdebian.Boot(t.Context(), stockdebian.Config{Stick: stick(t), Disks: []stockdebian.Disk{disk}, Network: true, Console: log})
+	must(t, err)
+	defer m.Close()
+	sh := func(script string) (string, error) { return m.Run(t.Context(), script) }
+	ok := func(script string) string {
+		t.Helper()
+		out, err := sh(script)
+		if err != nil {
+			t.Fatalf("%s\n%v", script, err)
+		}
+		return out
+	}
+	// The VPN is played by a rule that leads to this machine's loopback.
+	host, port, err := net.SplitHostPort(s.KeyServerAt())
+	must(t, err)
+	if host != "127.0.0.1" {
+		t.Fatalf("the key server is at %s", host)
+	}
+	ok(fmt.Sprintf("nft 'add table ip vpn; add chain ip vpn out { type nat hook output priority -100; }; add rule ip vpn out ip daddr 10.77.0.1 tcp dport 4022 dnat to %s:%s'\n", emulate.HostAddress, port))
+	ok(fmt.Sprintf("mkdir -m 700 /etc/farkeep\n( umask 077; cat > /etc/farkeep/ssh_client_key ) <<'END'\n%sEND\necho '[10.77.0.1]:4022 %s' > /etc/farkeep/known_hosts\n", client, described.KeyServers[0].HostKey))
+
+	fetch := block(t, "keyserver.md", "cryptsetup open --key-file -")
+	run := "UUID=" + barn.LUKS + "\nset +e\n" + fetch + "set -e\ntest -e /dev/mapper/farkeep\n" // as in a person's shell
+	closing := "cryptsetup close farkeep\n"
+	began := time.Now()
+	ok(run)
+	t.Logf("%8.1f s  stock ssh and cryptsetup open the disk", time.Since(began).Seconds())
+	first := ok("e2fsck -p /dev/mapper/farkeep >&2 || test $? -le 1\nmount /dev/mapper/farkeep /mnt\nls /mnt >&2\numount /mnt\n" + closing + "cat /etc/farkeep/token\n")
+	lines := strings.Fields(first)
+	token := lines[len(lines)-1]
+	if len(token) < 40 {
+		t.Fatalf("no token was kept: %q", first)
+	}
+	// With it, the next time; and it is another one then.
+	ok(run + closing)
+	if now := strings.TrimSpace(ok("stat -c %a /etc/farkeep/token >&2\ncat /etc/farkeep/token\n")); strings.HasSuffix(now, token) || !strings.HasPrefix(now, "600") {
+		t.Errorf("the token after the second key: %q, after the first: %q", now, token)
+	}
+	ok(run + closing)
+	// A copy of the card from the beginning shows a token that is two keys old.
+	ok("cp /etc/farkeep/token /etc/farkeep/token.kept\necho " + token + " > /etc/farkeep/token\n")
+	if out, err := sh(run); err == nil || !strings.Contains(out, "refused") {
+		t.Errorf("a cloned card got the key: %v %s", err, out)
+	}
+	if list := keyserver("waiting"); !strings.Contains(list, "barn") {
+		t.Errorf("nothing waits for a person: %q", list)
+	}
+	ok("cp /etc/farkeep/token.kept /etc/farkeep/token\n")
+	keyserver("revoke", "barn", "--reason", "test", "--wait=0s")
+	if out, err := sh(run); err == nil || !strings.Contains(out, "refused") {
+		t.Errorf("a revoked appliance got the key: %v %s", err, out)
+	}
+	if out := ok("ls /dev/mapper\n"); strings.Contains(out, "farkeep") {
+		t.Errorf("the disk is open: %s", out)
+	}
 }

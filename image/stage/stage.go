@@ -432,6 +432,9 @@ func (s *Stage) KeyServerFlags() []string {
 	return []string{"--site", filepath.Join(s.Site, "site.toml"), "--secrets", s.KeyServerSecrets(), "--state", s.StateDir("keyserver")}
 }
 
+// KeyServerAt is where the key server listens on the loopback, once it was started.
+func (s *Stage) KeyServerAt() string { return s.keysAt }
+
 // StopKeyServer ends the key server.
 func (s *Stage) StopKeyServer() error {
 	if s.keys == nil {
