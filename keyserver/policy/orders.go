@@ -30,7 +30,8 @@ func Approve(s State, id, by, why string, at moment.Moment) (State, error) {
 		return s, err
 	}
 	s = s.clone()
-	s.Approval = &Approval{Of: w, By: by, Why: why, Given: at}
+	s.anchor(at)
+	s.Approval = &Approval{Of: w, By: by, Why: why, Given: at, Earliest: s.earliest(at).Wall}
 	return s, nil
 }
 
@@ -59,6 +60,7 @@ func Revoke(s State, by, why string, at moment.Moment) (State, error) {
 		return s, err
 	}
 	s = s.clone()
+	s.anchor(at)
 	s.Approval, s.Expected, s.Waiting = nil, nil, nil
 	if s.Standing.State != Revoked {
 		s.Told, s.Dark = moment.Moment{}, moment.Moment{}
@@ -75,6 +77,7 @@ func Allow(s State, by, why string, at moment.Moment) (State, error) {
 		return s, err
 	}
 	s = s.clone()
+	s.anchor(at)
 	s.Standing = Standing{State: Enabled, Reason: why, By: by, Since: stamp(at)}
 	s.Told, s.Dark = moment.Moment{}, moment.Moment{}
 	return s, nil
@@ -95,7 +98,8 @@ func Expect(s State, until time.Time, by, why string, at moment.Moment) (State, 
 		return s, fmt.Errorf("%s is more than %d days ahead", until.UTC().Format(time.RFC3339), MaxExpect/(24*time.Hour))
 	}
 	s = s.clone()
-	s.Expected = &Expectation{Until: until.UTC(), By: by, Why: why, Given: at}
+	s.anchor(at)
+	s.Expected = &Expectation{Until: until.UTC(), For: until.Sub(at.Wall), By: by, Why: why, Given: at, Earliest: s.earliest(at).Wall}
 	return s, nil
 }
 

@@ -151,6 +151,7 @@ func (j *judgement) decide() Decision {
 	if n.Appliance != j.a.Name {
 		return Decision{Verdict: Refuse, Reason: ReasonNoStanding}
 	}
+	n.anchor(j.f.Now)
 	if r.Verb == keywire.Dark {
 		if j.a.LUKS == "" || r.UUID != j.a.LUKS {
 			return j.refuse(ReasonForeignDisk)
@@ -184,9 +185,6 @@ func (j *judgement) decide() Decision {
 	default:
 		return j.refuse(ReasonUnknownVerb)
 	}
-	if j.f.Now.Boot == "" || n.Anchor.Boot != j.f.Now.Boot {
-		n.Anchor = j.f.Now
-	}
 	j.forget()
 	if r.Verb == keywire.Key && len(n.Keys) >= min(j.p.KeysPerDay, maxKeys) {
 		return j.refuse(ReasonTooOften)
@@ -213,7 +211,7 @@ func (j *judgement) decide() Decision {
 func (j *judgement) asks(w whereabouts) (asks []string) {
 	n, r, at := &j.next, j.f.Request, j.f.Now
 	if !n.LastSeen.IsZero() || !n.LastKey.IsZero() {
-		if _, most := at.Since(n.LastSeen); n.LastSeen.IsZero() || most > j.p.Absence.Std() {
+		if _, most := n.latest(at).Since(n.LastSeen); n.LastSeen.IsZero() || most > j.p.Absence.Std() {
 			n.Absent = true // until a person has said that it is all right
 		}
 	}
@@ -256,8 +254,7 @@ func (j *judgement) contradicts() bool {
 // inWindow judges by the wall clock, and by what it would show had nobody set it
 // since the key server's boot: both must agree that keys are expected now.
 func (j *judgement) inWindow() bool {
-	at, anchor := j.f.Now, j.next.Anchor
-	return j.p.Expects(at.Wall) && j.p.Expects(anchor.Wall.Add(at.Up-anchor.Up))
+	return j.p.Expects(j.f.Now.Wall) && j.p.Expects(j.next.unset(j.f.Now))
 }
 
 // refuse says no and asks nobody.
@@ -364,7 +361,7 @@ func (j *judgement) excused(d *Decision, w whereabouts, asks []string) bool {
 // approved reports whether a person approved a request like this one.
 func (j *judgement) approved(w whereabouts, asks []string) bool {
 	a, r := j.next.Approval, j.f.Request
-	if a == nil || !j.f.Now.Before(a.Given, ApprovalTime) {
+	if a == nil || !j.lasts(a.Given, a.Earliest, ApprovalTime) {
 		return false
 	}
 	for _, ask := range asks {
@@ -389,17 +386,27 @@ func (j *judgement) approved(w whereabouts, asks []string) bool {
 // announced reports whether a person said beforehand that the appliance would move.
 func (j *judgement) announced(asks []string) bool {
 	e := j.next.Expected
-	if e == nil || !j.f.Now.Before(e.Given, e.Until.Sub(e.Given.Wall)) {
+	if e == nil || !j.lasts(e.Given, e.Earliest, e.For) {
 		return false
 	}
 	return !slices.ContainsFunc(asks, func(ask string) bool { return ask != AskToken && ask != AskPlace && ask != AskAbsence })
+}
+
+// lasts reports whether an order that lasts for d still counts.
+func (j *judgement) lasts(given moment.Moment, earliest time.Time, d time.Duration) bool {
+	n, now := &j.next, j.f.Now
+	if given.Boot == now.Boot {
+		return now.Before(given, d)
+	}
+	given = moment.Moment{Wall: earliest}
+	return n.earliest(now).Before(given, d) && n.latest(now).Before(given, d)
 }
 
 // accept remembers a request that is granted. asks are what was excused, how says
 // by whom.
 func (j *judgement) accept(d *Decision, w whereabouts, asks []string, how string) {
 	n, r, at := &j.next, j.f.Request, j.f.Now
-	n.LastSeen = at
+	n.LastSeen = n.earliest(at)
 	if w.standing != placeUnknown {
 		n.Unplaced = moment.Moment{}
 		j.settle(w, how)
@@ -417,7 +424,7 @@ func (j *judgement) accept(d *Decision, w whereabouts, asks []string, how string
 	if r.Verb != keywire.Key {
 		return
 	}
-	n.Keys = append(n.Keys, at)
+	n.Keys = append(n.Keys, n.latest(at))
 	n.LastKey = at
 	n.Dark = moment.Moment{}
 	// It is the same machine that waited: what it was asked about has settled itself.
@@ -488,7 +495,8 @@ func (s *State) drop(which func(Waiting) bool) { s.Waiting = slices.DeleteFunc(s
 
 // forget drops what has grown old. Where clocks contradict each other it keeps.
 func (j *judgement) forget() {
-	n, at := &j.next, j.f.Now
+	n := &j.next
+	at := n.earliest(j.f.Now)
 	older := func(than moment.Moment, d time.Duration) bool { least, _ := at.Since(than); return least >= d }
 	n.Keys = slices.DeleteFunc(n.Keys, func(k moment.Moment) bool { return older(k, day) })
 	n.drop(func(w Waiting) bool { return older(w.Last, waitingMemory) })

@@ -118,14 +118,19 @@ type Approval struct {
 	By    string        `json:"by"`
 	Why   string        `json:"why"`
 	Given moment.Moment `json:"given"`
+	// Earliest is when it may have been given, should the wall clock have been set before.
+	Earliest time.Time `json:"earliest"`
 }
 
 // Expectation lets the appliance come back from somewhere else, once.
 type Expectation struct {
-	Until time.Time     `json:"until"`
+	Until time.Time     `json:"until"` // as the person wrote it
+	For   time.Duration `json:"for"`   // what that was ahead; it is what counts
 	By    string        `json:"by"`
 	Why   string        `json:"why"`
 	Given moment.Moment `json:"given"`
+	// Earliest is when it may have been given, should the wall clock have been set before.
+	Earliest time.Time `json:"earliest"`
 }
 
 // Warning remembers that a person was told, so that the same is not said each time.
@@ -203,6 +208,34 @@ func (s State) check() error {
 func isDigest(s string) bool {
 	raw, err := hex.DecodeString(s)
 	return err == nil && (len(raw) == 0 || len(raw) == 32)
+}
+
+// anchor notes what the wall clock showed when this boot of the key server was
+// first heard of.
+func (s *State) anchor(at moment.Moment) {
+	if at.Boot == "" || s.Anchor.Boot != at.Boot {
+		s.Anchor = at
+	}
+}
+
+// unset is the time that the wall clock would show had nobody set it since then.
+func (s *State) unset(at moment.Moment) time.Time { return s.Anchor.Wall.Add(at.Up - s.Anchor.Up) }
+
+// earliest and latest are at with the wall clock as it is, or as it would be had
+// nobody set it. After a restart only the wall clock is left to measure by; then
+// what was noted must not seem more recent, or longer ago, than it was.
+func (s *State) earliest(at moment.Moment) moment.Moment {
+	if w := s.unset(at); w.Before(at.Wall) {
+		at.Wall = w
+	}
+	return at
+}
+
+func (s *State) latest(at moment.Moment) moment.Moment {
+	if w := s.unset(at); w.After(at.Wall) {
+		at.Wall = w
+	}
+	return at
 }
 
 // clone makes a deep copy: Decide and the orders never change what they were given.

@@ -64,7 +64,7 @@ func (j *judgement) where() whereabouts {
 // appliance that has never been reached otherwise, or where a person said so.
 func (j *judgement) known(n place.Network) bool {
 	return slices.ContainsFunc(j.next.Networks, func(k KnownNetwork) bool {
-		return k.Same(n) && j.f.Now.Wall.Sub(k.Last) <= NetworkMemory && (!n.IsRelay() || k.asked() || !j.direct())
+		return k.Same(n) && j.next.latest(j.f.Now).Wall.Sub(k.Last) <= NetworkMemory && (!n.IsRelay() || k.asked() || !j.direct())
 	})
 }
 
