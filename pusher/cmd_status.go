@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"sync"
 	"text/tabwriter"
@@ -29,6 +30,7 @@ type siteStatus struct {
 	Problems     []problemStatus     `json:"problems"`
 	Beside       []repository.Beside `json:"beside"` // neither mirrored nor excluded
 	Targets      []targetStatus      `json:"targets"`
+	Bundle       *bundleStatus       `json:"bundle,omitempty"`
 }
 
 type repositoryStatus struct {
@@ -102,6 +104,7 @@ appliance hangs on another network than home's, a phone's hotspot for instance.`
 				return err
 			}
 			st.Targets = ask(cmd.Context(), targets)
+			st.Bundle = bundleOf(me.site, st.Targets, env.Now())
 			if asJSON {
 				enc := json.NewEncoder(env.Stdout)
 				enc.SetIndent("", "\t")
@@ -177,6 +180,7 @@ func (s *siteStatus) show(env *Env) error {
 		fmt.Fprintf(env.Stdout, "\n%s\n", t.Name)
 		t.show(env, now)
 	}
+	s.Bundle.show(env.Stdout, now)
 	return nil
 }
 
@@ -256,6 +260,9 @@ func (s *siteStatus) verdict() error {
 		}
 	}
 	if len(s.Problems) == 0 && silent == 0 && alarms == 0 {
+		if s.Bundle != nil && len(s.Bundle.Stale) > 0 {
+			return hint.Exit(hint.ExitPartial, errors.New("the recovery bundle does not fit the disks"))
+		}
 		return nil
 	}
 	return hint.Exit(hint.ExitPartial, fmt.Errorf("%d repositories have problems, %d targets did not answer, %d alarms are on", len(s.Problems), silent, alarms))
