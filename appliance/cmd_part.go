@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 
 	"farkeep/appliance/confine"
@@ -35,7 +36,11 @@ func runPart(ctx context.Context, name string) error {
 	if err != nil {
 		return hint.Exit(hint.ExitUsage, err)
 	}
-	if err := confine.Enter(p.profile(env.Header), env.Firmware, env.Log); err != nil {
+	log := env.Log
+	if p.routine && !env.Debug {
+		log = slog.New(slog.DiscardHandler) // a protection that fails is an error all the same
+	}
+	if err := confine.Enter(p.profile(env.Header), env.Firmware, log); err != nil {
 		return err
 	}
 	if err := p.run(ctx, env); err != nil && ctx.Err() == nil {

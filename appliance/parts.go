@@ -18,6 +18,7 @@ type partEntry struct {
 	name     string
 	required bool // without it the appliance does not do its job
 	child    bool // started by another part, not by the supervisor
+	routine  bool // started so often that its confinement is not worth a line each time
 	run      func(context.Context, *part.Env) error
 	// profile is what the part may do; the child asks for it too.
 	profile func(part.Header) confine.Profile

@@ -46,7 +46,7 @@ func parts() []partEntry {
 			name: part.Unlock, child: true, run: unlock.Run, profile: unlockProfile,
 		},
 		{
-			name: part.Consent, child: true, run: consent.Run, profile: consentProfile,
+			name: part.Consent, child: true, routine: true, run: consent.Run, profile: consentProfile,
 		},
 		{
 			name: part.Receiver, required: true, run: receiver.Run, profile: receiverProfile,

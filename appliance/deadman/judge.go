@@ -286,8 +286,8 @@ func (j *judge) disk() {
 }
 
 // closingTime is how long a disk may take to close before a mail says that it is
-// still open.
-const closingTime = 2 * time.Minute
+// not dark yet. One whose power cannot be switched always takes that long.
+const closingTime = time.Minute
 
 // consent judges a disk that is kept dark, whatever else went wrong with it.
 func (j *judge) consent(d *status.Disk) {
@@ -300,7 +300,7 @@ func (j *judge) consent(d *status.Disk) {
 	if kind == "" {
 		return
 	}
-	if d.Unlocked && j.see.Now.Sub(d.FailingSince).Abs() < closingTime {
+	if (d.Unlocked || d.Power) && j.see.Now.Sub(d.FailingSince).Abs() < closingTime {
 		j.unknown[kind] = true // it is being closed
 		return
 	}

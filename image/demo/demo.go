@@ -92,6 +92,11 @@ func Run(ctx context.Context, o Options) (err error) {
 	return nil
 }
 
+// shortLease makes a revocation reach an open disk within a demonstration's time.
+func shortLease(site string) string {
+	return strings.Replace(site, "keys_per_day = 48\n", "keys_per_day = 48\nlease = \"2m\"\n", 1)
+}
+
 // within bounds a wait.
 func within(ctx context.Context, d time.Duration, do func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, d)
@@ -128,7 +133,7 @@ func (d *show) prepare(ctx context.Context) error {
 		return err
 	}
 	if err := d.step("prepare a disk for a Raspberry Pi 3 (adiantum) and personalise its card", func() (err error) {
-		d.vault, err = d.s.Add(ctx, stage.Cast{Name: "vault", Machine: emulate.RaspberryPi3, DiskSize: 256 << 20, Relay: emulate.Relay{Line: 17}, Window: "24h"})
+		d.vault, err = d.s.Add(ctx, stage.Cast{Name: "vault", Machine: emulate.RaspberryPi3, DiskSize: 256 << 20, Relay: emulate.Relay{Line: 17}, Window: "24h", Settings: shortLease})
 		return err
 	}); err != nil {
 		return err
@@ -355,26 +360,31 @@ func (d *show) silence(ctx context.Context) error {
 }
 
 func (d *show) revoke(ctx context.Context) error {
-	d.chapter("7. The Pi is stolen")
-	if err := d.step("revoke it at the key server", func() error {
-		args := append([]string{"revoke", "vault", "--reason", "stolen", "--wait", "0"}, d.s.KeyServerFlags()...)
-		_, err := d.s.Run(ctx, "farkeep-keyserver", args...)
-		return err
-	}); err != nil {
+	d.chapter("7. The Pi is stolen while it runs")
+	if err := d.step("search its whole memory: of the key that opened its disk there is nothing", func() error { return d.memory(ctx, d.vault, true) }); err != nil {
 		return err
 	}
-	rebooted := time.Now()
-	if err := d.step("reboot it", func() error {
-		if err := d.vault.CutPower(); err != nil {
+	revoked := time.Now()
+	if err := d.step("revoke it at the key server: within its lease it closes its disk, and says so", func() error {
+		args := append([]string{"revoke", "vault", "--reason", "stolen", "--wait", "4m"}, d.s.KeyServerFlags()...)
+		if _, err := d.s.Run(ctx, "farkeep-keyserver", args...); err != nil {
 			return err
 		}
-		return d.vault.Boot(ctx)
+		list, err := d.s.Run(ctx, "farkeep-keyserver", append([]string{"list", "--json"}, d.s.KeyServerFlags()...)...)
+		if err != nil {
+			return err
+		}
+		if !strings.Contains(list, `"told": "2`) || !strings.Contains(list, `"dark": "2`) {
+			return fmt.Errorf("the key server was not told that it is dark: %s", list)
+		}
+		d.say("dark after %.0f s; its lease was 2 minutes", time.Since(revoked).Seconds())
+		return within(ctx, time.Minute, func(ctx context.Context) error { return d.vault.Pi.WaitDisk(ctx, false) })
 	}); err != nil {
 		return err
 	}
-	if err := d.step("it gets no key, and says so by mail", func() error {
-		m, err := d.mail(ctx, 5*time.Minute, rebooted, func(m mailsink.Message) bool {
-			return strings.Contains(strings.ToLower(m.Subject()), "refus")
+	if err := d.step("a mail by its own path: the disk was closed, and who refused", func() error {
+		m, err := d.mail(ctx, 5*time.Minute, revoked, func(m mailsink.Message) bool {
+			return strings.Contains(m.Subject(), "consent REFUSED")
 		})
 		if err == nil {
 			d.say("Subject: %s", m.Subject())
@@ -383,16 +393,25 @@ func (d *show) revoke(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return d.step("its disk stays locked, and goes dark", func() error {
-		s, err := d.vault.Await(ctx, "up", func(s pushwire.Status) bool { return s.Disk.Error != "" })
+	if err := d.step("search its memory again: the volume key has left the kernel too", func() error { return d.memory(ctx, d.vault, false) }); err != nil {
+		return err
+	}
+	return d.step("reboot it: it gets no key, and its disk no power", func() error {
+		if err := d.vault.CutPower(); err != nil {
+			return err
+		}
+		if err := d.vault.Boot(ctx); err != nil {
+			return err
+		}
+		s, err := d.vault.Await(ctx, "up", func(s pushwire.Status) bool { return s.Disk.Dark != "" })
 		if err != nil {
 			return err
 		}
-		if s.Disk.Unlocked || s.Disk.Mounted {
-			return fmt.Errorf("the disk is open: %+v", s.Disk)
+		if s.Disk.Unlocked || s.Disk.Mounted || len(d.vault.Pi.RelayEvents()) > 0 {
+			return fmt.Errorf("the disk is open, or had power: %+v, %v", s.Disk, d.vault.Pi.RelayEvents())
 		}
 		d.say("%s: %s", s.Disk.State, s.Disk.Error)
-		return within(ctx, 3*time.Minute, func(ctx context.Context) error { return d.vault.Pi.WaitDisk(ctx, false) })
+		return nil
 	})
 }
 

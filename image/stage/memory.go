@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"sync"
 
 	"farkeep/image/luksfile"
 	"farkeep/shared/secret"
@@ -51,52 +50,53 @@ func (a *Appliance) Memory(ctx context.Context, needles ...[]byte) ([]int, error
 	return counts, errors.Join(err, os.Remove(path))
 }
 
-// block is how much of a file Occurrences looks at in one go, in bytes.
-const block = 4 << 20
+// block is how much of a file Occurrences looks at in one go, in bytes; longest
+// is the longest needle.
+const (
+	block   = 64 << 10
+	longest = 256
+)
 
-// Occurrences counts how often each needle occurs in a file. Occurrences that
-// overlap count once.
+// Occurrences counts how often each needle occurs in a file, in one pass. Of
+// those that overlap one counts. Needles hold no runs of zeros: where a file is
+// empty, as most of a machine's memory is, it is not searched.
 func Occurrences(ctx context.Context, path string, needles ...[]byte) ([]int, error) {
-	counts, errs := make([]int, len(needles)), make([]error, len(needles))
-	var counting sync.WaitGroup
-	for i, needle := range needles {
-		if len(needle) < 16 || len(needle) > block {
+	for _, needle := range needles {
+		if len(needle) < 16 || len(needle) > longest {
 			return nil, fmt.Errorf("%d bytes would be found by chance, or not at all", len(needle))
 		}
-		counting.Go(func() { counts[i], errs[i] = occurrences(ctx, path, needle) })
 	}
-	counting.Wait()
-	return counts, errors.Join(errs...)
-}
-
-func occurrences(ctx context.Context, path string, needle []byte) (count int, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer f.Close()
-	buf := make([]byte, len(needle)-1+block)
-	kept := 0
+	counts := make([]int, len(needles))
+	buf, empty := make([]byte, longest+block), make([]byte, longest+block)
 	for ctx.Err() == nil {
-		n, err := io.ReadFull(f, buf[kept:])
-		seen := buf[:kept+n]
-		for {
-			at := bytes.Index(seen, needle)
-			if at < 0 {
-				break
+		n, err := io.ReadFull(f, buf[longest:])
+		if seen := buf[:longest+n]; !bytes.Equal(seen, empty[:len(seen)]) {
+			for i, needle := range needles {
+				// What ends in the part that was seen before was counted then.
+				for at := longest - len(needle) + 1; at <= len(seen); {
+					next := bytes.Index(seen[at:], needle)
+					if next < 0 {
+						break
+					}
+					counts[i]++
+					at += next + len(needle)
+				}
 			}
-			count++
-			seen = seen[at+len(needle):]
 		}
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return count, nil
+			return counts, nil
 		}
 		if err != nil {
-			return count, err
+			return counts, err
 		}
-		kept = copy(buf, seen[max(0, len(seen)-len(needle)+1):]) // the beginning of one that the next block ends
+		copy(buf, buf[block:]) // the beginning of one that the next block ends
 	}
-	return count, ctx.Err()
+	return counts, ctx.Err()
 }
 
 // Forms are the bytes that must not occur where secret must not be known: both

@@ -16,11 +16,11 @@ func TestOccurrences(t *testing.T) {
 	}
 	path := filepath.Join(t.TempDir(), "memory")
 	var text bytes.Buffer
-	text.Write(make([]byte, block-10))
+	text.Write(make([]byte, 4*block-10))
 	text.Write(a) // across the first two blocks
 	text.Write(a)
 	text.Write(b)
-	text.Write(make([]byte, 2*block-7-text.Len()))
+	text.Write(make([]byte, 9*block-7-text.Len()))
 	text.Write(b) // again across
 	text.Write(a[:31])
 	text.Write(make([]byte, block))

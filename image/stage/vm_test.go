@@ -96,7 +96,7 @@ func TestMisfortunes(t *testing.T) {
 	w.must(err)
 	w.must(s.BuildImage(t.Context()))
 	lan := emulate.Forward{HostPort: freePort(t), GuestPort: 22}
-	w.a, err = s.Add(t.Context(), stage.Cast{Name: "barn", Machine: emulate.Generic, DiskSize: 512 << 20, Relay: emulate.Relay{Line: 5}, Window: "24h", Forward: []emulate.Forward{lan}})
+	w.a, err = s.Add(t.Context(), stage.Cast{Name: "barn", Machine: emulate.Generic, DiskSize: 512 << 20, Relay: emulate.Relay{Line: 5}, Window: "24h", Settings: shortLease, Forward: []emulate.Forward{lan}})
 	w.must(err)
 	w.must(s.OpenHome(t.Context()))
 	w.must(s.StopKeyServer())
@@ -203,20 +203,11 @@ func TestMisfortunes(t *testing.T) {
 			w.Errorf("generations were %v and are %v", before, after)
 		}
 	})
-	run("revoked: dark, and the word of it arrives", func(w *world) {
-		_, err := w.s.Run(w.Context(), "farkeep-keyserver", append([]string{"revoke", "barn", "--reason", "test"}, w.s.KeyServerFlags()...)...)
-		w.must(err)
-		w.sleep()
-		_, err = w.a.SSH(w.Context(), "home/pusher/ssh_key", "wake")
-		w.must(err)
-		st := w.await("refused", func(s pushwire.Status) bool { return strings.Contains(s.Disk.Error, "refus") })
-		if st.Disk.Unlocked {
-			w.Errorf("unlocked: %+v", st.Disk)
-		}
-		ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
-		defer cancel()
-		w.must(w.a.Pi.WaitDisk(ctx, false))
-	})
+	run("the key is nowhere in the memory of a machine whose disk is open", (*world).searched)
+	run("revoked while it runs: dark within its lease, and the word of it arrives", (*world).revokedWhileItRuns)
+	run("stolen and switched off: no key after the revocation, and none on the card", (*world).stolenAndSwitchedOff)
+	run("allowed again: it opens when it is woken", (*world).allowedAgain)
+	run("the card is copied: whichever comes second is found out", (*world).cardCopied)
 }
 
 // sleep closes the disk and waits until it is dark.
