@@ -115,7 +115,7 @@ man's switch quiet.`,
 				Host: me.name, Repositories: found.Repositories, Problems: found.Problems, Whole: whole, Targets: all,
 				State: at.state, Memory: memory,
 				Lock: borglock.Options{HostID: host, Wait: time.Duration(s.Push.LockWait)},
-				Rate: rateOf(cmd, s, rate), GiveUp: giveUp, Now: env.Now, Log: log, Board: board,
+				Rate: rateOf(cmd, s, rate), GiveUp: giveUp, Reread: s.Push.RereadEvery.Std(), Now: env.Now, Log: log, Board: board,
 			}
 			board.Start()
 			report := p.Run(ctx)

@@ -17,14 +17,15 @@ import (
 // The cache is a file of records in the order of a manifest, so that a walk and
 // the cache are merged in one pass and neither is held in memory:
 //
-//	"FKCACHE1"
-//	record: 'F' shared length rest size mtime ctime inode sum
+//	"FKCACHE2"
+//	record: 'F' shared length rest size mtime ctime inode day sum
+//	        day: days since 1970, when all of it was read last
 //	end:    'E' blake2b-256 of everything before the sum
 //
 // It is nobody's but ours; it is checked because a disk may rot, not because of
 // enemies: whoever can write it can write the repositories.
 const (
-	cacheMagic  = "FKCACHE1"
+	cacheMagic  = "FKCACHE2"
 	cacheRecord = 'F'
 	cacheEnd    = 'E'
 )
@@ -38,7 +39,8 @@ type identity struct {
 type record struct {
 	path string
 	identity
-	sum manifest.Sum
+	sum  manifest.Sum
+	read int64 // the day, since 1970, on which all of it was read last
 }
 
 // errCache says that a cache is not one, or not a whole one.
@@ -63,6 +65,11 @@ func openCache(path string) (*os.File, *cacheReader, error) {
 	if err := checkCache(f); err != nil {
 		f.Close()
 		return nil, nil, err
+	}
+	var head [len(cacheMagic)]byte
+	if _, err := f.ReadAt(head[:], 0); err != nil || string(head[:]) != cacheMagic {
+		f.Close()
+		return nil, nil, errors.Join(err, errCache)
 	}
 	if _, err := f.Seek(int64(len(cacheMagic)), io.SeekStart); err != nil {
 		f.Close()
@@ -116,7 +123,7 @@ func (c *cacheReader) read() (r record, err error) {
 	if tag != cacheRecord {
 		return r, errCache
 	}
-	var v [6]uint64
+	var v [7]uint64
 	for i := range 2 {
 		if v[i], err = binary.ReadUvarint(c.r); err != nil {
 			return r, errCache
@@ -130,12 +137,13 @@ func (c *cacheReader) read() (r record, err error) {
 		return r, errCache
 	}
 	r.path = string(c.path)
-	for i := 2; i < 6; i++ {
+	for i := 2; i < 7; i++ {
 		if v[i], err = binary.ReadUvarint(c.r); err != nil {
 			return r, errCache
 		}
 	}
 	r.identity = identity{int64(v[2]), int64(v[3]), int64(v[4]), v[5]}
+	r.read = int64(v[6])
 	if _, err := io.ReadFull(c.r, r.sum[:]); err != nil {
 		return r, errCache
 	}
@@ -176,7 +184,7 @@ func (c *cacheWriter) add(r record) {
 	b = binary.AppendUvarint(b, uint64(shared))
 	b = binary.AppendUvarint(b, uint64(len(r.path)-shared))
 	b = append(b, r.path[shared:]...)
-	for _, v := range []uint64{uint64(r.size), uint64(r.mtime), uint64(r.ctime), r.inode} {
+	for _, v := range []uint64{uint64(r.size), uint64(r.mtime), uint64(r.ctime), r.inode, uint64(r.read)} {
 		b = binary.AppendUvarint(b, v)
 	}
 	b = append(b, r.sum[:]...)

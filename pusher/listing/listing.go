@@ -8,6 +8,11 @@
 // manifest have one order and are merged as streams: memory does not grow with the
 // number of files.
 //
+// What the file system cannot say is that a disk gives back other bytes than were
+// written. With [Options.Reread] every file is read again once in that time, and
+// one that has changed without a trace is an error ([ErrRotten]): else the first
+// full reading would make a new generation out of it.
+//
 // Only regular files and folders are listed; [Skipped] counts the rest. A file
 // that cannot be read is an error: a mirror that lacks it must not pass for one.
 // A file that changes while it is read is read again, some times.
@@ -17,6 +22,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -57,6 +63,11 @@ type Options struct {
 	// Was gives the change time (nanoseconds since 1970) that a file had before the
 	// caller itself changed it, 0 if it did not; nil means it never did.
 	Was func(name string) int64
+	// Reread is the longest time that the cache's word is taken for a file without
+	// reading it, in whole days; 0: for ever. Files take turns: each is read once
+	// between half of it and all of it.
+	Reread time.Duration
+	Now    func() time.Time // nil: time.Now
 	// Read is called with the bytes read for hashing, from several goroutines; may
 	// be nil.
 	Read func(n int)
@@ -79,6 +90,10 @@ type Result struct {
 	Skipped     Skipped
 }
 
+// ErrRotten is wrapped for a file that has other bytes than it had, although
+// nothing wrote to it.
+var ErrRotten = errors.New("its bytes changed, and nothing wrote to it")
+
 // ErrChanging is wrapped for a file that never stayed still while it was read.
 var ErrChanging = errors.New("it changes while it is read")
 
@@ -87,7 +102,10 @@ func Write(ctx context.Context, root string, w io.Writer, opt Options) (Result, 
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	l := &lister{opt: opt, items: make(chan *item, ahead), jobs: make(chan *item, ahead)}
+	if opt.Now == nil {
+		opt.Now = time.Now
+	}
+	l := &lister{opt: opt, today: days(opt.Now()), items: make(chan *item, ahead), jobs: make(chan *item, ahead)}
 	r, err := l.run(ctx, root, w)
 	if err != nil {
 		return r, fmt.Errorf("list %s: %w", root, err)
@@ -102,6 +120,7 @@ type lister struct {
 	jobs  chan *item // those that must be hashed
 	cache lookup
 	skip  Skipped
+	today int64
 }
 
 // item is one entry on its way from the walk to the manifest.
@@ -109,6 +128,8 @@ type item struct {
 	entry  manifest.Entry
 	id     identity
 	cached bool          // entry.Sum is from the cache
+	read   int64         // the day on which all of it was read last
+	known  *record       // what the cache has of a file that is read again; nil for none
 	done   chan struct{} // closed when the fields below are set; nil for what needs no hashing
 	gone   bool          // it vanished
 	racy   bool          // it was written too recently to be told from its next version
@@ -169,8 +190,11 @@ func (l *lister) run(ctx context.Context, root string, w io.Writer) (result Resu
 	}
 	// A listing that was cut keeps what it has hashed, and what it did not reach.
 	for i := range l.items {
-		if i.cached || i.done != nil && i.err == nil && !i.gone && !i.racy {
-			out.add(record{i.entry.Path, i.id, i.entry.Sum})
+		switch {
+		case i.cached || i.done != nil && i.err == nil && !i.gone && !i.racy:
+			out.add(i.record())
+		case i.known != nil && i.err != nil:
+			out.add(*i.known)
 		}
 	}
 	for l.cache.valid && (out.last == "" || manifest.ComparePaths(out.last, l.cache.head.path) < 0) {
@@ -195,6 +219,9 @@ func (l *lister) write(ctx context.Context, m *manifest.Writer, out *cacheWriter
 				return context.Cause(ctx)
 			}
 			if i.err != nil {
+				if out != nil && i.known != nil {
+					out.add(*i.known) // or the next listing would take it for a new file
+				}
 				return i.err
 			}
 			if i.gone {
@@ -210,7 +237,7 @@ func (l *lister) write(ctx context.Context, m *manifest.Writer, out *cacheWriter
 			return err
 		}
 		if out != nil && i.entry.Kind == manifest.File && !i.racy {
-			out.add(record{i.entry.Path, i.id, i.entry.Sum})
+			out.add(i.record())
 		}
 	}
 	return ctx.Err()
@@ -293,6 +320,24 @@ func kindOf(mode uint32) string {
 	}
 }
 
+func days(t time.Time) int64 { return t.Unix() / (24 * 3600) }
+
+// due reports whether a file that is as the cache says is to be read all the same:
+// at the latest after Reread, half of that at the earliest, and on which day in
+// between depends on its name, so that each day has its share.
+func (l *lister) due(known *record) bool {
+	if l.opt.Reread <= 0 {
+		return false
+	}
+	span := int64(l.opt.Reread / (24 * time.Hour))
+	h := fnv.New64a()
+	io.WriteString(h, known.path)
+	age := l.today - known.read
+	return age < 0 || age >= span-int64(h.Sum64()%uint64(span/2+1))
+}
+
+func (i *item) record() record { return record{i.entry.Path, i.id, i.entry.Sum, i.read} }
+
 func identityOf(st *unix.Stat_t) identity {
 	return identity{st.Size, st.Mtim.Nano(), st.Ctim.Nano(), st.Ino}
 }
@@ -313,7 +358,10 @@ func (l *lister) file(ctx context.Context, path string, st *unix.Stat_t) error {
 			}
 		}
 		if known.identity == now {
-			i.entry.Sum, i.cached = known.sum, true
+			i.entry.Sum, i.cached, i.read = known.sum, true, known.read
+			if l.due(&known) {
+				i.cached, i.known = false, &known
+			}
 		}
 	}
 	if !i.cached {
@@ -347,7 +395,13 @@ func (l *lister) hash(ctx context.Context, i *item, buf []byte) {
 			return
 		}
 		if identityOf(before) == identityOf(after) {
+			if i.known != nil && i.id == identityOf(after) && i.entry.Sum != i.known.sum {
+				i.err = hint.Because(fmt.Errorf("read %s: %w", i.entry.Path, ErrRotten),
+					"check the disk (smartctl -a) and the file: restore it from a generation, or touch it if it is meant to be so")
+				return
+			}
 			i.from(after)
+			i.read = l.today
 			i.racy = i.id.mtime > begun.Add(-tick).UnixNano()
 			return
 		}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
 )
 
@@ -166,6 +167,75 @@ func TestCache(t *testing.T) {
 	}
 	if r, _ := list(t, root, opt); r.Hashed != 1 {
 		t.Errorf("cache that was told another time: read %d files", r.Hashed)
+	}
+}
+
+// Files that nothing wrote to are read again in their turn, and one whose bytes
+// changed all the same is named, again and again, until somebody does something.
+func TestReread(t *testing.T) {
+	root := t.TempDir()
+	for i := range 60 {
+		write(t, filepath.Join(root, fmt.Sprintf("f%02d", i)), strings.Repeat("x", i))
+	}
+	day := 0
+	opt := Options{
+		Cache: filepath.Join(t.TempDir(), "cache"), Reread: 20 * 24 * time.Hour,
+		Now: func() time.Time { return time.Unix(2e9, 0).Add(time.Duration(day) * 24 * time.Hour) },
+	}
+	if first, _ := list(t, root, opt); first.Hashed != 60 {
+		t.Errorf("hashed %d files", first.Hashed)
+	}
+	total, busy := int64(0), int64(0)
+	for day = 1; day <= 20; day++ {
+		r, _ := list(t, root, opt)
+		if day < 10 && r.Hashed != 0 {
+			t.Errorf("day %d: read %d files again", day, r.Hashed)
+		}
+		total += r.Hashed
+		busy = max(busy, r.Hashed)
+	}
+	if total < 60 || total > 80 || busy > 20 {
+		t.Errorf("%d files were read again in 20 days, %d of them on one", total, busy)
+	}
+
+	// The disk gives back something else: the cache knows another sum than the file has.
+	victim := filepath.Join(root, "f33")
+	f, old, err := openCache(opt.Cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	c, err := newCache(opt.Cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for r, err := old.next(); err == nil; r, err = old.next() {
+		if r.path == "f33" {
+			r.sum = sum("what was written")
+		}
+		c.add(r)
+	}
+	if err := c.commit(); err != nil {
+		t.Fatal(err)
+	}
+	day += 20
+	for range 3 {
+		_, err := Write(t.Context(), root, io.Discard, opt)
+		if !errors.Is(err, ErrRotten) || !strings.Contains(err.Error(), victim[len(root)+1:]) || !strings.Contains(hint.Of(err), "smartctl") {
+			t.Fatalf("got %v", err)
+		}
+	}
+	// A clock that went back reads more, never less.
+	day = -100
+	if _, err := Write(t.Context(), root, io.Discard, opt); !errors.Is(err, ErrRotten) {
+		t.Errorf("with a clock that went back: %v", err)
+	}
+	old2 := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(victim, old2, old2); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Write(t.Context(), root, io.Discard, opt); err != nil {
+		t.Errorf("somebody touched it: %v", err)
 	}
 }
 

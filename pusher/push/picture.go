@@ -139,7 +139,7 @@ func (p *Push) list(ctx context.Context, r repository.Repository, root string, o
 	l := &list{path: f.Name()}
 	lane.Begin("reading "+r.Name, 0)
 	defer lane.End()
-	opt.Cache, opt.Log = p.state("cache", r.Name), p.Log
+	opt.Cache, opt.Log, opt.Reread, opt.Now = p.state("cache", r.Name), p.Log, p.Reread, p.Now
 	opt.Read = func(n int) { lane.Add(int64(n)) }
 	l.Result, err = listing.Write(ctx, root, f, opt)
 	if closed := f.Close(); err == nil {

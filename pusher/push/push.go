@@ -56,6 +56,8 @@ type Push struct {
 	// Rate gives the bound on what a target gets at a time, in bytes per second, 0
 	// for none; nil: none for all.
 	Rate func(target string, at time.Time) int64
+	// Reread is how often every file is read again although it did not change; 0: never.
+	Reread time.Duration
 	// GiveUp is how long a target may be out of reach without anything moving;
 	// 0 means 30 minutes.
 	GiveUp time.Duration

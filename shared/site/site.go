@@ -129,6 +129,9 @@ type Push struct {
 	RateLimit int64             `toml:"rate_limit"` // bytes per second and appliance; 0: none
 	Rates     []Rate            `toml:"rate"`       // at some hours another one; the first that fits counts
 	WakeWait  settings.Duration `toml:"wake_wait"`  // how long a disk may take to open; default 10m
+	// RereadEvery is how often every file is read again although it did not
+	// change; 0, the default: never.
+	RereadEvery settings.Duration `toml:"reread_every"`
 }
 
 // Rate is the limit of some hours of each day.

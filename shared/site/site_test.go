@@ -223,7 +223,6 @@ func TestSetOfAppliance(t *testing.T) {
 	}
 }
 
-
 func TestSetLUKS(t *testing.T) {
 	plain := good(t)
 	shed := parse(t, plain)
@@ -342,6 +341,7 @@ func TestMistakes(t *testing.T) {
 		{"directory's name", `name = "nas"`, `¶name = "attic"`, "directory_target.name: an appliance has it already"},
 		{"directory's path", `path = "/mnt/nas/farkeep"`, `¶path = "nas"`, "directory_target.path"},
 		{"rate", `rate_limit = \d+`, `¶rate_limit = -1`, "push.rate_limit"},
+		{"reread", `reread_every = "60d"`, `¶reread_every = "1d"`, "push.reread_every"},
 		{"rate at night", `rate_limit = 0`, `¶rate_limit = -1`, "push.rate.rate_limit"},
 		{"no hours", `\[\[push.rate\]\]\nhours = .*`, `¶[[push.rate]]`, "push.rate.hours"},
 		{"hours", `hours = "22:00-05:00"`, `¶hours = "22-5"`, "22-5"},

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"farkeep/shared/identity"
 	"farkeep/shared/settings"
@@ -18,6 +19,7 @@ const (
 	MaxDirectories  = 16
 	MaxPushers      = 16
 	maxRates        = 16
+	minReread       = 7 * 24 * time.Hour
 )
 
 // Boards are the values of Appliance.Board: what the image can boot, and
@@ -252,6 +254,7 @@ func (s *Site) validateSources(v validator) {
 		s.knownHost(v, d.Host, "directory_target", i)
 	}
 	v.Check(s.Push.RateLimit >= 0, "push", "rate_limit", 0, "a rate cannot be negative")
+	v.Check(s.Push.RereadEvery == 0 || s.Push.RereadEvery.Std() >= minReread, "push", "reread_every", 0, "%v is less than %v; \"0s\" is never", s.Push.RereadEvery, settings.Duration(minReread).Days())
 	v.Check(len(s.Push.Rates) <= maxRates, "push.rate", "hours", 0, "at most %d", maxRates)
 	for i, r := range s.Push.Rates {
 		v.Check(r.RateLimit >= 0, "push.rate", "rate_limit", i, "a rate cannot be negative")
