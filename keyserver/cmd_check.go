@@ -2,9 +2,14 @@ package main
 
 import (
 	"fmt"
+	"strings"
 
+	"farkeep/keyserver/alert"
 	"farkeep/keyserver/audit"
 	"farkeep/keyserver/keystore"
+	"farkeep/keyserver/moment"
+	"farkeep/keyserver/place"
+	"farkeep/keyserver/policy"
 	"farkeep/shared/hint"
 	"farkeep/shared/usage"
 
@@ -12,14 +17,16 @@ import (
 )
 
 func newCheckCmd(env *Env, where *places) *cobra.Command {
-	return &cobra.Command{
+	var tryMail bool
+	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check the configuration and the files, without serving",
 		Long: `Check site.toml, the host key, the keys and their modes, the state and the chain
-of the audit log. Nothing is changed, and nothing is sent.`,
-		Example: "  farkeep-keyserver check",
-		Args:    usage.Args(cobra.NoArgs),
-		RunE: func(*cobra.Command, []string) error {
+of the audit log. Nothing is changed, and nothing is sent but, with --mail, a test mail.`,
+		Example: `  farkeep-keyserver check
+  farkeep-keyserver check --mail`,
+		Args: usage.Args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			found := 0
 			complain := func(err error) {
 				found++
@@ -28,14 +35,17 @@ of the audit log. Nothing is changed, and nothing is sent.`,
 					fmt.Fprintf(env.Stdout, "  hint: %s\n", next)
 				}
 			}
+			note := func(format string, args ...any) { fmt.Fprintf(env.Stdout, "note: "+format+"\n", args...) }
 			s, err := where.readSite()
 			if err != nil {
 				return err
 			}
 			fmt.Fprintf(env.Stdout, "site: %s, %d appliances\n", s.Name, len(s.Appliances))
+			name := s.Home.Name
 			if _, me, err := where.self(s); err != nil {
 				complain(err)
 			} else {
+				name = me.Name
 				fmt.Fprintf(env.Stdout, "key server: %s, at %s\n", me.Name, me.Address)
 			}
 			if err := keystore.CanLock(); err != nil {
@@ -60,8 +70,36 @@ of the audit log. Nothing is changed, and nothing is sent.`,
 					fmt.Fprintf(env.Stdout, "appliance: %s, %s, key stored\n", r.Appliance, r.State)
 				}
 			}
+			for _, r := range rows {
+				if r.Waiting > 0 {
+					note("%s waits for a person: farkeep-keyserver waiting", r.Appliance)
+				}
+				if r.State == policy.Revoked && r.Dark == "" {
+					note("%s is revoked and has not said that its disk is dark", r.Appliance)
+				}
+			}
+			switch mail, err := where.mail(s); {
+			case s.Mail.Server == "" && !tryMail:
+				note("no mails are sent: %v", err)
+			case err != nil:
+				complain(err)
+			case tryMail:
+				if err := alert.Try(cmd.Context(), mail, name, env.Now()); err != nil {
+					complain(hint.Because(err, "compare [mail] in site.toml, and mail_password, with what your provider says"))
+				} else {
+					fmt.Fprintf(env.Stdout, "mail: %s took a test mail to %s\n", mail.Server, strings.Join(mail.To, ", "))
+				}
+			default:
+				fmt.Fprintf(env.Stdout, "mail: by %s to %s\n", mail.Server, strings.Join(mail.To, ", "))
+			}
+			reader := place.NewReader(where.endpoints, func() (moment.Moment, error) { return moment.Now(env.Now) })
+			if text, err := checkEndpoints(s, reader); err != nil {
+				complain(err)
+			} else if text != "" {
+				fmt.Fprintln(env.Stdout, text)
+			}
 			for _, e := range unclaimed {
-				fmt.Fprintf(env.Stdout, "note: there is a key of %s, and no appliance has that disk\n", e.UUID)
+				note("there is a key of %s, and no appliance has that disk", e.UUID)
 			}
 			if found > 0 {
 				return hint.Exit(hint.ExitFailure, fmt.Errorf("problems found: %d", found))
@@ -69,4 +107,7 @@ of the audit log. Nothing is changed, and nothing is sent.`,
 			return nil
 		},
 	}
+	where.registerEndpoints(cmd)
+	cmd.Flags().BoolVar(&tryMail, "mail", false, "send a test mail and say whether the provider takes it")
+	return cmd
 }

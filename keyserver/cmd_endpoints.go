@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
-	"net/netip"
 	"os"
 	"time"
 
@@ -69,21 +67,6 @@ the file ip2asn-combined.tsv of iptoasn.com, unpacked, or lines "PREFIX AS".`,
 	cmd.Flags().DurationVar(&every, "every", place.DefaultEvery, "how often to look")
 	cmd.Flags().BoolVar(&once, "once", false, "look once, print what is seen, write nothing")
 	return cmd
-}
-
-// whereabouts is how serve asks for an appliance's place: not at all where the
-// policy does not want to know.
-func whereabouts(ctx context.Context, r *place.Reader, log *slog.Logger) func(site.Appliance, netip.Addr) place.Sighting {
-	return func(a site.Appliance, from netip.Addr) place.Sighting {
-		if a.KeyPolicy.Place == site.PlaceNone {
-			return place.Sighting{}
-		}
-		s, err := r.Look(ctx, a.KeyPolicy.Place, from)
-		if err != nil {
-			log.Warn("place", "appliance", a.Name, "err", err)
-		}
-		return s
-	}
 }
 
 // placed reports whether the site wants to know where an appliance is.

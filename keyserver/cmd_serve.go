@@ -56,7 +56,7 @@ after a change. Orders (revoke, allow) and new keys (add) count at once.`,
 		},
 	}
 	id.register(cmd)
-	cmd.Flags().StringVar(&where.endpoints, "endpoints", "/run/farkeep-keyserver/endpoints.json", "what \"farkeep-keyserver endpoints\" writes")
+	where.registerEndpoints(cmd)
 	cmd.Flags().StringVar(&shown, "metrics", "", "address and port of /metrics and /healthz; \"\" for none (default: port 4023 beside the key server's)")
 	cmd.Flags().StringVar(&listen, "listen", "", "address and port (default: the one in site.toml)")
 	return cmd

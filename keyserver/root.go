@@ -14,6 +14,7 @@ import (
 
 	"farkeep/keyserver/audit"
 	"farkeep/keyserver/keystore"
+	"farkeep/keyserver/place"
 	"farkeep/keyserver/policy"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
@@ -78,6 +79,8 @@ revoked it, and writes down every decision before it acts on it.`,
 		newAddCmd(env, where),
 		newSealCmd(env, where),
 		newUnsealCmd(env, where),
+		newExportCmd(env, where),
+		newImportCmd(env, where),
 		newListCmd(env, where),
 		newWaitingCmd(env, where),
 		newApproveCmd(env, where),
@@ -97,12 +100,20 @@ revoked it, and writes down every decision before it acts on it.`,
 // places are where a key server's files are.
 type places struct{ site, secrets, state, endpoints string }
 
+func (p *places) registerEndpoints(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&p.endpoints, "endpoints", place.DefaultPath, "what \"farkeep-keyserver endpoints\" writes")
+}
+
 // mail is the account that alarms go by, with its password; zero with an error
 // where there is none.
 func (p *places) mail(s *site.Site) (settings.Mail, error) {
 	m := s.Mail
 	if m.Server == "" {
 		return settings.Mail{}, hint.Because(errors.New("site.toml has no [mail]: alarms go to the log only"), "name a mail server in site.toml")
+	}
+	account := settings.Mail{Server: m.Server, TLS: m.TLS, User: m.User, From: m.From, To: m.To, RootCA: m.RootCA}
+	if m.User == "" { // a mail server in one's own network may need none
+		return account, nil
 	}
 	path := filepath.Join(p.secrets, "mail_password")
 	f, err := os.Open(path)
@@ -121,10 +132,8 @@ func (p *places) mail(s *site.Site) (settings.Mail, error) {
 	if err != nil {
 		return settings.Mail{}, fmt.Errorf("read %s: %w", path, err)
 	}
-	return settings.Mail{
-		Server: m.Server, TLS: m.TLS, User: m.User, Password: secret.Text(strings.TrimRight(string(text.Reveal()), "\r\n")),
-		From: m.From, To: m.To, RootCA: m.RootCA,
-	}, nil
+	account.Password = secret.Text(strings.TrimRight(string(text.Reveal()), "\r\n"))
+	return account, nil
 }
 
 func (p *places) keysDir() string     { return filepath.Join(p.secrets, "keys") }

@@ -108,7 +108,7 @@ func Parse(verb string, args []string) (Request, error) {
 // they are a help, and must not cost an appliance its key.
 func (r Request) Line() string {
 	words := []string{string(r.Verb)}
-	if r.UUID != "" {
+	if r.UUID != "" && r.Verb != CheckIn {
 		words = append(words, r.UUID)
 	}
 	if r.Verb != Dark {
