@@ -92,9 +92,11 @@ func (k *killing) command(args ...string) *exec.Cmd {
 
 // serve starts a real process and waits until it listens. kill ends it, without
 // a warning.
-func (k *killing) serve() (kill func()) {
+func (k *killing) serve() (kill func()) { return k.serveWith() }
+
+func (k *killing) serveWith(flags ...string) (kill func()) {
 	k.t.Helper()
-	cmd := k.command("serve", "--listen", k.address)
+	cmd := k.command(append([]string{"serve", "--listen", k.address}, flags...)...)
 	said, err := cmd.StderrPipe()
 	k.check(err)
 	k.check(cmd.Start())

@@ -51,7 +51,7 @@ func (h *house) serve(ctx context.Context, listen string) error {
 	// should not go on as if nothing had happened.
 	last, err := orders.LastOrders(h.where.state)
 	if err != nil {
-		return hint.Because(err, "farkeep-keyserver audit --verify says where; find out why, then move the files audit* away, and a new log begins")
+		return hint.Because(err, damagedLog)
 	}
 	carried, err := upgrade.Migrate(h.where.state, policies)
 	if err != nil {
@@ -108,6 +108,9 @@ func (h *house) serve(ctx context.Context, listen string) error {
 		return err
 	}
 	head, err := records.Append(audit.Record{Event: "start", Decision: "done", Reason: "serving on " + l.Addr().String()})
+	if errors.Is(err, audit.ErrDamaged) {
+		err = hint.Because(err, damagedLog)
+	}
 	if err != nil {
 		return err
 	}
@@ -120,7 +123,11 @@ func (h *house) serve(ctx context.Context, listen string) error {
 				<-ctx.Done()
 				return nil
 			}
-			return counts.Serve(ctx, shown)
+			if err := counts.Serve(ctx, shown); err != nil { // keys matter more
+				h.log.Error("no metrics are shown any more", "err", err)
+			}
+			<-ctx.Done()
+			return nil
 		},
 		func(ctx context.Context) error {
 			// Without mails there are still keys, and the log.
@@ -132,6 +139,8 @@ func (h *house) serve(ctx context.Context, listen string) error {
 		},
 	)
 }
+
+const damagedLog = "farkeep-keyserver audit --verify says where; find out why, then move the files audit* away, and a new log begins"
 
 // together runs all until one returns an error or ctx ends, and returns when all have.
 func together(ctx context.Context, all ...func(context.Context) error) error {

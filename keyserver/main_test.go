@@ -96,7 +96,7 @@ func setup(env *testscript.Env) error {
 		VPN:        site.VPN{Network: netip.MustParsePrefix("10.77.0.0/24"), Endpoints: []string{"home.example.net:51820"}},
 		Home:       site.Home{Name: "borg", VPNAddress: netip.MustParseAddr("10.77.0.1"), VPNKey: wg(), PushKey: newKey("push")},
 		KeyServers: []site.KeyServer{{Name: "borg", Address: address, HostKey: host}},
-		Mail:       site.Mail{Server: "smtp.example.net:465", From: "a@example.net", To: []string{"b@example.net"}},
+		Mail:       site.Mail{Server: "127.0.0.1:1", TLS: "implicit", User: "ks", From: "a@example.net", To: []string{"b@example.net"}},
 		Appliances: []site.Appliance{
 			{Name: "attic", Board: "pi4", VPNAddress: netip.MustParseAddr("10.77.0.2"), VPNKey: wg(), HostKey: newKey("attic-host"), ClientKey: newKey("attic"), LUKS: atticDisk},
 			{Name: "shed", Board: "pi3", VPNAddress: netip.MustParseAddr("10.77.0.3"), VPNKey: wg(), HostKey: newKey("shed-host"), ClientKey: newKey("shed"), LUKS: shedDisk},
@@ -112,6 +112,7 @@ func setup(env *testscript.Env) error {
 	key, err := os.ReadFile(in("id/host"))
 	failed = errors.Join(failed, err)
 	write("secrets/ssh_host_key", string(key))
+	write("secrets/mail_password", "hush\n")
 	failed = errors.Join(failed, os.Mkdir(in("secrets/keys"), 0o700))
 	newKey("stranger")
 

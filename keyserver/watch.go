@@ -13,6 +13,7 @@ import (
 	"farkeep/keyserver/audit"
 	"farkeep/keyserver/metrics"
 	"farkeep/keyserver/peers"
+	"farkeep/keyserver/place"
 	"farkeep/keyserver/policy"
 	"farkeep/keyserver/server"
 	"farkeep/shared/hint"
@@ -21,9 +22,6 @@ import (
 
 // metricsPort is where metrics are shown on the VPN address.
 const metricsPort = 4023
-
-// staleEndpoints is the age from which the VPN's endpoints count as unknown.
-const staleEndpoints = time.Minute
 
 // watch is what /metrics and /healthz look at.
 type watch struct {
@@ -100,7 +98,7 @@ func (w *watch) look() metrics.Snapshot {
 	}
 	if places {
 		age, err := w.endpoints()
-		if err == nil && age > staleEndpoints {
+		if err == nil && age > place.Stale {
 			err = fmt.Errorf("the VPN's endpoints are %v old: is farkeep-keyserver endpoints running?", age.Round(time.Second))
 		}
 		s.Checks = append(s.Checks, metrics.Check{Name: "endpoints", Err: err})

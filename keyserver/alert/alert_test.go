@@ -351,3 +351,30 @@ func TestFullOutbox(t *testing.T) {
 		t.Error(body)
 	}
 }
+
+func TestTry(t *testing.T) {
+	p := provider(t)
+	c, k, _ := config(t, p)
+	if err := Try(t.Context(), c.Mail, "nas", k.Now()); err != nil || len(p.Mails()) != 1 {
+		t.Errorf("%v, %d mails", err, len(p.Mails()))
+	}
+	c.Mail.To = append(c.Mail.To, "gone@site.example")
+	p.Answer(func(stage, arg string) error {
+		if stage == "rcpt" && strings.HasPrefix(arg, "gone") {
+			return couriertest.Reply(550)
+		}
+		return nil
+	})
+	if err := Try(t.Context(), c.Mail, "nas", k.Now()); err == nil || !strings.Contains(err.Error(), "not every recipient") {
+		t.Errorf("one recipient does not exist: %v", err)
+	}
+	p.Answer(func(string, string) error { return couriertest.Reply(554) })
+	if err := Try(t.Context(), c.Mail, "nas", k.Now()); err == nil || !strings.Contains(err.Error(), "554") || strings.Contains(err.Error(), "hush") {
+		t.Errorf("refused: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := Try(ctx, c.Mail, "nas", k.Now()); err == nil {
+		t.Error("a mail was sent after the end")
+	}
+}

@@ -64,8 +64,8 @@ var kinds = map[string]kind{
 	PlaceUnknownLasting: {
 		subject: "where appliances are is not known",
 		seen:    "The key server cannot learn from the VPN where its peers are. Keys that depend on the place are not given until it can.",
-		means:   []string{"The unit farkeep-keyserver-endpoints does not run, or WireGuard is down."},
-		other:   []string{"systemctl status farkeep-keyserver-endpoints wg-quick@farkeep"},
+		means:   []string{"The unit farkeep-endpoints does not run, or WireGuard is down."},
+		other:   []string{"systemctl status farkeep-endpoints wg-quick@farkeep"},
 	},
 	HeaderChanged: {
 		subject: "the header of NAME's disk is not the one in the backup",
