@@ -63,6 +63,7 @@ func newRootCmd(env *Env) *cobra.Command {
 		newDiskCmd(env),
 		newEmulateCmd(env),
 		newDemoCmd(env),
+		newDrillCmd(env),
 	)
 	return root
 }

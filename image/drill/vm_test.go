@@ -173,17 +173,6 @@ func (h *house) live() {
 	}
 }
 
-// memoryStick puts a folder's content on a disk that Windows reads as well.
-func memoryStick(t *testing.T, folder string) string {
-	t.Helper()
-	image := filepath.Join(t.TempDir(), "memory.img")
-	out, err := exec.CommandContext(t.Context(), "sh", "-euc", `mkfs.vfat -C "$1" 262144 && mcopy -i "$1" -s "$2"/* ::`, "sh", image, folder).CombinedOutput()
-	if err != nil {
-		t.Fatalf("a stick with the bundle (packages dosfstools and mtools): %v\n%s", err, out)
-	}
-	return image
-}
-
 func stick(t *testing.T) *stockdebian.Stick {
 	t.Helper()
 	cache, err := os.UserCacheDir()
@@ -267,8 +256,10 @@ func TestHouseBurned(t *testing.T) {
 	must(t, err)
 	_, err = f.WriteAt(make([]byte, 4<<20), 0)
 	must(t, errors.Join(err, f.Close()))
+	memory := filepath.Join(h.dir, "memory.img")
+	must(t, stockdebian.MemoryStick(t.Context(), h.bundle, memory))
 	disks := []stockdebian.Disk{
-		{Path: memoryStick(t, h.bundle), Serial: "memory"},
+		{Path: memory, Serial: "memory"},
 		{Path: h.vault.Disk, Serial: "aes"}, {Path: h.barn.Disk, Serial: "adiantum"}, {Path: damaged, Serial: "damaged"},
 	}
 	log, err := os.Create(filepath.Join(h.dir, "stick.log"))

@@ -236,6 +236,43 @@ func writeInitramfs(root, path string) error {
 	return os.WriteFile(path, archive.Bytes(), 0o600)
 }
 
+// MemoryStick makes an image, at path, of a stick with FAT on it, as every system
+// reads and writes them, and puts the content of a folder on it. It needs the
+// packages dosfstools and mtools.
+func MemoryStick(ctx context.Context, folder, path string) error {
+	for _, tool := range []struct{ name, pkg string }{{"mkfs.vfat", "dosfstools"}, {"mcopy", "mtools"}} {
+		if err := debian.Tool(tool.name, tool.pkg); err != nil {
+			return err
+		}
+	}
+	entries, err := os.ReadDir(folder)
+	if err != nil {
+		return err
+	}
+	copying := []string{"-Q", "-s", "-i", path}
+	for _, e := range entries {
+		copying = append(copying, filepath.Join(folder, e.Name()))
+	}
+	var size int64
+	err = filepath.WalkDir(folder, func(_ string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		info, err := e.Info()
+		if err == nil {
+			size += info.Size() + 64<<10 // more than its last cluster
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := run(ctx, "mkfs.vfat", "-C", path, fmt.Sprint(size>>10+64<<10)); err != nil {
+		return err
+	}
+	return run(ctx, "mcopy", append(copying, "::")...)
+}
+
 func one(pattern string) (string, error) {
 	found, err := filepath.Glob(pattern)
 	if err == nil && len(found) != 1 {
