@@ -15,7 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -57,6 +57,9 @@ type house struct {
 	bundle       string   // folder of the sealed bundle
 	page         string   // the page to print, as text
 	book         []byte   // its runbook
+	first        string   // folder of a bundle in clear, of the vault alone
+	endpoint     uint16   // where appliances look for home, at this machine's loopback
+	listenPort   uint16
 }
 
 func must(t *testing.T, err error) {
@@ -107,8 +110,6 @@ func build(t *testing.T) *house {
 	must(t, h.s.BuildImage(h.ctx))
 	h.vault, err = h.s.Add(h.ctx, stage.Cast{Name: "vault", Machine: emulate.Generic, DiskSize: diskSize, Relay: emulate.Relay{None: true}, Window: "24h"})
 	must(t, err)
-	h.barn, err = h.s.Add(h.ctx, stage.Cast{Name: "barn", Machine: emulate.RaspberryPi3, DiskSize: diskSize, Relay: emulate.Relay{None: true}})
-	must(t, err)
 	return h
 }
 
@@ -150,23 +151,48 @@ func (h *house) live() {
 	must(h.t, err)
 	_, err = h.s.Push(ctx, "--target", "vault")
 	must(h.t, err)
-	must(h.t, h.vault.CutPower())
 
 	credentials := filepath.Join(h.dir, "credentials")
 	must(h.t, errors.Join(os.Mkdir(credentials, 0o700), os.WriteFile(filepath.Join(credentials, "bundle"), []byte(bundlePassphrase+"\n"), 0o600)))
-	h.bundle = filepath.Join(h.dir, "sealed")
-	page, open := filepath.Join(h.dir, "paper"), filepath.Join(h.dir, "open")
-	common := []string{"bundle", "create", "--site", h.s.Site, "--borg-keys", filepath.Join(h.dir, "borg", ".config", "borg", "keys"), "--passphrases-known-by", "the household"}
-	for _, kind := range [][]string{{"--to", h.bundle, "--passphrase=credential:bundle"}, {"--to", page, "--paper"}, {"--to", open, "--clear"}} {
-		_, err := h.s.RunWith(h.ctx, []string{"CREDENTIALS_DIRECTORY=" + credentials}, "farkeep-keyserver", append(slices.Clone(common), kind...)...)
+	create := func(kind ...string) {
+		h.t.Helper()
+		args := []string{"bundle", "create", "--site", h.s.Site, "--borg-keys", filepath.Join(h.dir, "borg", ".config", "borg", "keys"), "--passphrases-known-by", "the household"}
+		_, err := h.s.RunWith(h.ctx, []string{"CREDENTIALS_DIRECTORY=" + credentials}, "farkeep-keyserver", append(args, kind...)...)
 		must(h.t, err)
 	}
+	// One bundle as long as there is one appliance, and a drill on the real site.
+	h.first = filepath.Join(h.dir, "first")
+	create("--to", h.first, "--clear")
+	out, err := h.s.Run(ctx, "farkeep-keyserver", "drill", "--site", h.s.Site, "--bundle", h.first)
+	must(h.t, err)
+	h.t.Logf("farkeep-keyserver drill:\n%s", out)
+	described, err := site.Read(filepath.Join(h.s.Site, "site.toml"))
+	must(h.t, err)
+	if time.Since(described.Bundle.Drilled) > time.Hour {
+		h.t.Errorf("the drill is noted for %s", described.Bundle.Drilled)
+	}
+	h.listenPort = uint16(described.VPN.ListenPort)
+	_, endpoint, err := net.SplitHostPort(described.VPN.Endpoints[0])
+	must(h.t, err)
+	port, err := strconv.ParseUint(endpoint, 10, 16)
+	must(h.t, err)
+	h.endpoint = uint16(port)
+	must(h.t, h.vault.CutPower())
+
+	// A second one, with adiantum, and the bundles of both.
+	h.barn, err = h.s.Add(h.ctx, stage.Cast{Name: "barn", Machine: emulate.RaspberryPi3, DiskSize: diskSize, Relay: emulate.Relay{None: true}})
+	must(h.t, err)
+	h.bundle = filepath.Join(h.dir, "sealed")
+	page, open := filepath.Join(h.dir, "paper"), filepath.Join(h.dir, "open")
+	create("--to", h.bundle, "--no-tools", "--passphrase=credential:bundle")
+	create("--to", page, "--paper")
+	create("--to", open, "--clear", "--no-tools")
 	text, err := os.ReadFile(filepath.Join(page, "RUNBOOK.html"))
 	must(h.t, err)
 	h.page = html.UnescapeString(string(text))
 	h.book, err = os.ReadFile(filepath.Join(open, "RUNBOOK.md"))
 	must(h.t, err)
-	must(h.t, h.s.StopKeyServer())
+	must(h.t, h.s.CloseHome())
 	// Only the appliance, far away, and the bundle are left.
 	for _, gone := range []string{h.s.Site, page, open, credentials, filepath.Join(h.dir, "borg"), filepath.Join(h.dir, "srv"), filepath.Join(h.dir, "household"), filepath.Join(h.dir, "state")} {
 		must(h.t, os.RemoveAll(gone))
@@ -422,13 +448,82 @@ cryptsetup close to
 		must(t, err)
 		must(t, w.r.Steps(t.Context(), "void-add", "void-remove", "void-proof"))
 	})
-	// The rest is run elsewhere: home's chapter below, the primary's by the pusher's tests.
+	m.Close()
+	run("home again, and the untouched appliance takes pushes", h.homeAgain)
+	// The rest is run elsewhere: home's chapter above on another machine, the primary's by the pusher's tests.
 	for _, name := range w.r.NotRun() {
 		if !strings.HasPrefix(name, "home-") && !strings.HasPrefix(name, "primary-") && name != "choose-home" {
 			t.Errorf("no drill runs the step %s", name)
 		}
 	}
 	t.Logf("%8.1f s  in all, %d steps", time.Since(began).Seconds(), steps)
+}
+
+// homeAgain makes a home of a fresh Debian and the bundle. The appliance was cut from
+// its power and knows nothing of all this.
+func (h *house) homeAgain(t *testing.T) {
+	memory := filepath.Join(h.dir, "first.img")
+	must(t, stockdebian.MemoryStick(t.Context(), h.first, memory))
+	log, err := os.Create(filepath.Join(h.dir, "home.log"))
+	must(t, err)
+	defer log.Close()
+	disk := stockdebian.Disk{Path: memory, Serial: "memory"}
+	m, err := stockdebian.Boot(t.Context(), stockdebian.Config{
+		Stick: stick(t), Disks: []stockdebian.Disk{disk}, Console: log,
+		Network: true, Forward: []emulate.Forward{{UDP: true, HostPort: h.endpoint, GuestPort: h.listenPort}},
+	})
+	must(t, err)
+	defer m.Close()
+	sh := func(script string) string {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+		defer cancel()
+		out, err := m.Run(ctx, script)
+		if err != nil {
+			console, _ := os.ReadFile(log.Name())
+			t.Fatalf("%s\n%v\n%s", script, err, console[max(0, len(console)-3000):])
+		}
+		return out
+	}
+	sh("mkdir -p /media/user/STICK\nmount -o ro " + disk.Device() + " /media/user/STICK\n")
+	book, err := os.ReadFile(filepath.Join(h.first, "RUNBOOK.md"))
+	must(t, err)
+	r, err := drill.New(book, m)
+	must(t, err)
+	r.Said = func(s runsteps.Step, took time.Duration, _ string) {
+		t.Logf("%8.1f s  %s: %s", took.Seconds(), s.Chapter, s.Name)
+	}
+	_, err = r.Step(t.Context(), "choose-home", drill.Values{"BUNDLE": "/media/user/STICK"})
+	must(t, err)
+	must(t, r.Steps(t.Context(), "home-programs", "home-identities", "home-keys"))
+	// The stage reaches its appliances at this machine's loopback; this home has its own tunnel.
+	sh(fmt.Sprintf("sed -i 's/%s/10.77.0.2:22/' /etc/farkeep/site.toml\n", h.vault.At))
+	must(t, r.Steps(t.Context(), "home-vpn", "home-check", "home-serve"))
+	pi, err := emulate.Start(t.Context(), emulate.Config{
+		Machine: h.vault.Machine, Image: h.vault.Card, Disk: h.vault.Disk, Relay: h.vault.Relay,
+		Append: "farkeep.watchdog=softdog", Concurrent: true, Console: log, // the turn is the Debian's
+	})
+	must(t, err)
+	defer pi.CutPower()
+	began := time.Now()
+	sh("install -m 600 /media/user/STICK/site/operator/restore_key /root/restore_key\n")
+	for _, repository := range h.repositories {
+		sh(fmt.Sprintf("mkdir -p %s\nfarkeep-pusher restore vault %s latest --to %s --restore-key /root/restore_key\n", filepath.Dir(repository.path), repository.name, repository.path))
+	}
+	t.Logf("%8.1f s  the appliance boots, gets its key, and gives the repositories back", time.Since(began).Seconds())
+	must(t, r.Steps(t.Context(), "home-list", "home-push"))
+	count := func() int {
+		return strings.Count(sh("farkeep-pusher generations vault music\n"), "vault ")
+	}
+	if n := count(); n != 1 {
+		t.Errorf("a push of what is there already: %d generations", n)
+	}
+	began = time.Now()
+	sh("export BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes BORG_RELOCATED_REPO_ACCESS_IS_OK=yes\nborg create " + h.repositories[2].path + "::again /etc/farkeep/site.toml\nfarkeep-pusher push\n")
+	t.Logf("%8.1f s  a new archive is made and pushed", time.Since(began).Seconds())
+	if n := count(); n != 2 {
+		t.Errorf("after a new archive there are %d generations", n)
+	}
 }
 
 // block is a block of commands out of a page of docs: the one that has the words.

@@ -305,7 +305,8 @@ func (s *Stage) Add(ctx context.Context, c Cast) (*Appliance, error) {
 	if c.Machine == emulate.Generic {
 		board = "virt"
 	}
-	add := []string{"site", "add", "appliance", c.Name, "--board", board, "--address", a.At, "--dir", s.Site}
+	add := []string{"site", "add", "appliance", c.Name, "--board", board, "--address", a.At, "--dir", s.Site,
+		"--place", "none"} // the key server of a stage answers on the loopback: no WireGuard sees who asks
 	if !c.Relay.None {
 		active := "high"
 		if c.Relay.ActiveLow {
@@ -453,6 +454,17 @@ func (s *Stage) PusherFlags() []string {
 // Push runs the pusher once.
 func (s *Stage) Push(ctx context.Context, more ...string) (string, error) {
 	return s.Run(ctx, "farkeep-pusher", append(append([]string{"push"}, s.PusherFlags()...), more...)...)
+}
+
+// CloseHome ends the key server and home's end of the VPN: the house burns, and what
+// stands elsewhere goes on.
+func (s *Stage) CloseHome() error {
+	err := s.StopKeyServer()
+	if s.home != nil {
+		err = errors.Join(err, s.home.Close())
+		s.home = nil
+	}
+	return err
 }
 
 // Close ends everything that still runs.

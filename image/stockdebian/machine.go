@@ -42,9 +42,10 @@ type Config struct {
 	// Network gives it a network card: it then reaches the host's loopback at
 	// emulate.HostAddress. Otherwise it has none.
 	Network  bool
-	Console  io.Writer     // gets what the shell and the kernel print; may be nil
-	Patience time.Duration // how long to wait for another emulated machine to end; 0 means 15 minutes
-	Logger   *slog.Logger  // may be nil
+	Forward  []emulate.Forward // ports that are reached at the host's loopback; needs Network
+	Console  io.Writer         // gets what the shell and the kernel print; may be nil
+	Patience time.Duration     // how long to wait for another emulated machine to end; 0 means 15 minutes
+	Logger   *slog.Logger      // may be nil
 }
 
 // Machine is a running machine with a root shell. Its methods are for one goroutine.
@@ -164,7 +165,15 @@ func arguments(c Config) []string {
 		put(d.Path, d.Serial, d.Keep)
 	}
 	if c.Network {
-		args = append(args, "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=")
+		network := "user,id=net"
+		for _, f := range c.Forward {
+			protocol := "tcp"
+			if f.UDP {
+				protocol = "udp"
+			}
+			network += fmt.Sprintf(",hostfwd=%s:127.0.0.1:%d-:%d", protocol, f.HostPort, f.GuestPort)
+		}
+		args = append(args, "-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=")
 	} else {
 		args = append(args, "-nic", "none")
 	}
