@@ -53,6 +53,8 @@ type Event struct {
 const (
 	Up                     = "up"                       // the first start ever: mails work
 	Held                   = "held"                     // a key waits for a person
+	GrantedUnexpected      = "granted-unexpected"       // a key that was given although something was unusual
+	Stranger               = "stranger"                 // an SSH key that is unknown, or declared void
 	RefusedUnexpected      = "refused-unexpected"       // a request that this policy does not foresee
 	TokenMismatch          = "token-mismatch"           // the card was cloned or replaced
 	PlaceUnknownLasting    = "place-unknown-lasting"    // the VPN cannot be asked where peers are

@@ -39,6 +39,26 @@ var kinds = map[string]kind{
 		other:  []string{"Call the people who live there before you approve: is the box still where it stood?"},
 		revoke: true,
 	},
+	GrantedUnexpected: {
+		subject: "NAME was given what it asked for, but something was unusual",
+		seen:    "The policy of NAME (key_policy in site.toml) grants this without asking you. You should know of it all the same.",
+		means: []string{
+			"The appliance was carried to another place, or its provider has changed.",
+			"Somebody took it, or has its SD card, and it works for him.",
+		},
+		other:  []string{"key_policy.approval = \"after-absence\" would have waited for you."},
+		revoke: true,
+	},
+	Stranger: {
+		subject: "somebody without a right showed an SSH key",
+		seen:    "A machine in the VPN connected to the key server with an SSH key that has no right here. It got no session.",
+		means: []string{
+			"You tried something yourself, or site.toml here is older than a new appliance.",
+			"The key was declared void, and whoever has the stolen appliance or its card tries it.",
+			"A machine in the VPN looks around.",
+		},
+		other: []string{"Whose address is that? wg show, or tailscale status, says. Take the peer out if you do not know it."},
+	},
 	RefusedUnexpected: {
 		subject: "NAME was refused something unexpected",
 		seen:    "A request came that this key server's policy does not foresee. It was not granted.",
@@ -124,9 +144,9 @@ var kinds = map[string]kind{
 		other:   []string{"Make a new bundle: farkeep-keyserver bundle create, then bundle verify, and destroy the old one."},
 	},
 	StateUnreadable: {
-		subject: "the key server cannot read what it remembers of NAME",
-		seen:    "The file with the standing and the history of NAME is unreadable. Until it is, NAME gets no key.",
-		means:   []string{"The disk of the key server is full or failing.", "Somebody changed the file."},
+		subject: "the key server could not answer NAME",
+		seen:    "Something went wrong inside the key server, and when in doubt it gives no key. The reason is below.",
+		means:   []string{"The disk of the key server is full or failing.", "A file that it needs is missing or unreadable: a key, what it remembers of NAME, the audit log.", "Somebody changed such a file."},
 		other:   []string{"farkeep-keyserver check", "farkeep-keyserver audit --verify"},
 	},
 	Flapping: {
@@ -149,7 +169,7 @@ func compose(ev Event, keyServer string) mail {
 	k := kinds[ev.Kind]
 	name := ev.Appliance
 	if name == "" {
-		name = "an unknown appliance"
+		name = "somebody"
 	}
 	say := strings.NewReplacer("NAME", name, "DISK", ev.Disk).Replace
 	var b strings.Builder

@@ -76,6 +76,8 @@ func kindOf(d policy.Decision) string {
 		return alert.PlaceUnknownLasting
 	case d.Verdict == policy.Hold:
 		return alert.Held
+	case d.Verdict == policy.Grant:
+		return alert.GrantedUnexpected
 	default:
 		return alert.RefusedUnexpected
 	}

@@ -193,6 +193,7 @@ func (s *Server) authorise(key ssh.PublicKey, peer net.Addr) (*ssh.Permissions, 
 			Remote: peer.String(), Identity: identity.Fingerprint(key),
 		})
 		s.c.Observe(Observation{Verb: "connect", Verdict: refused})
+		s.c.Alert(alert.Event{Kind: alert.Stranger, From: peer.String(), Decision: "connect refused", Reason: "unknown SSH key " + identity.Fingerprint(key), At: s.c.Now()})
 		return nil, errors.Join(errors.New("unknown key"), err)
 	}
 	if s.c.Void != nil {
@@ -202,10 +203,19 @@ func (s *Server) authorise(key ssh.PublicKey, peer net.Addr) (*ssh.Permissions, 
 				Event: "connect", Decision: refused, Reason: "void SSH key", Appliance: name,
 				Remote: peer.String(), Identity: identity.Fingerprint(key),
 			}))
+			s.c.Observe(Observation{Verb: "connect", Verdict: refused, Appliance: name})
+			s.c.Alert(alert.Event{Kind: alert.Stranger, Appliance: name, Disk: s.diskOf(name), From: peer.String(), Decision: "connect refused", Reason: "void SSH key " + identity.Fingerprint(key), At: s.c.Now()})
 			return nil, errors.Join(errors.New("void key"), err)
 		}
 	}
 	return &ssh.Permissions{Extensions: map[string]string{extension: name}}, nil
+}
+
+func (s *Server) diskOf(appliance string) string {
+	if a, ok := s.c.Site.Appliance(appliance); ok {
+		return a.LUKS
+	}
+	return ""
 }
 
 func (s *Server) exec(ctx context.Context, session *sshverb.Session) error {
