@@ -230,6 +230,7 @@ on. Without --window-length its disk opens only when a push or a person wakes it
 	f.StringVar(&n.Board, "board", "", strings.Join(site.Boards(), ", "))
 	f.StringVar(&n.Address, "address", "", "host:port at which home reaches its receiver (default its VPN address, port 22)")
 	f.BoolVar(&n.OwnVPN, "own-vpn", false, "with --board service: a VPN of its own, for instance Tailscale, carries the traffic")
+	f.StringVar(&n.Place, "place", "", "what tells the key server where it is: wireguard, tailscale or none (default wireguard, without --own-vpn)")
 	f.IntVar(&line, "relay-line", 0, "BCM number of the GPIO that switches the disk's supply")
 	f.StringVar(&active, "relay-active", "high", "level that powers the disk: high or low")
 	f.StringVar(&start, "window-start", "00:00", "when the disk opens by itself, HH:MM in UTC")

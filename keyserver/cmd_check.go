@@ -45,7 +45,7 @@ of the audit log. Nothing is changed, and nothing is sent but, with --mail, a te
 			if _, me, err := where.self(s); err != nil {
 				complain(err)
 			} else {
-				name = me.Name
+				name, s = me.Name, s.SeenBy(*me)
 				fmt.Fprintf(env.Stdout, "key server: %s, at %s\n", me.Name, me.Address)
 			}
 			if err := keystore.CanLock(); err != nil {

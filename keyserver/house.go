@@ -43,6 +43,7 @@ type house struct {
 
 // serve answers until ctx ends.
 func (h *house) serve(ctx context.Context, listen string) error {
+	h.site = h.site.SeenBy(*h.me)
 	policies, records, err := h.where.openState(h.env.Now)
 	if err != nil {
 		return err

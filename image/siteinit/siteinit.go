@@ -359,6 +359,9 @@ type NewAppliance struct {
 	Relay   settings.Relay
 	Window  settings.Window
 	OwnVPN  bool // with Board "service": the system's own VPN, no WireGuard of ours
+	// Place is what tells the key server where the appliance is (site.KeyPolicy); "":
+	// WireGuard, if it is ours, and otherwise nothing.
+	Place string
 }
 
 // AddAppliance adds an appliance. One of that name that is there already must
@@ -369,9 +372,11 @@ func (d *Dir) AddAppliance(n NewAppliance) (*Report, error) {
 	}
 	return d.change(func(doc *site.Document, r *Report) error {
 		a := site.Appliance{Name: n.Name, Board: n.Board, Address: n.Address, Relay: n.Relay, Window: n.Window}
+		a.KeyPolicy.Place = n.Place
 		if old, ok := doc.Site().Appliance(n.Name); ok {
 			if a.Board != "" && a.Board != old.Board || a.Address != "" && a.Address != old.Address ||
-				a.Relay != (settings.Relay{}) && a.Relay != old.Relay || a.Window != (settings.Window{}) && a.Window != old.Window {
+				a.Relay != (settings.Relay{}) && a.Relay != old.Relay || a.Window != (settings.Window{}) && a.Window != old.Window ||
+				n.Place != "" && n.Place != old.KeyPolicy.Place {
 				return usage(hint.Because(fmt.Errorf("the appliance %s exists and is described otherwise", n.Name),
 					"edit its entry in %s, then run \"farkeep-image site init %s\"; its identity stays", d.SitePath(), d.path))
 			}
@@ -412,6 +417,9 @@ func (d *Dir) AddAppliance(n NewAppliance) (*Report, error) {
 			if err = d.preshared(filepath.Join(folder, "wireguard_preshared_key"), r); err != nil {
 				return err
 			}
+		}
+		if n.Place == "" && !n.OwnVPN {
+			a.KeyPolicy.Place = site.PlaceWireGuard
 		}
 		a.SetDefaults()
 		return doc.AddAppliance(a)

@@ -331,7 +331,7 @@ func (p *play) step() (wrong string) {
 func TestNeverGranted(t *testing.T) {
 	n, err := strconv.Atoi(os.Getenv("FARKEEP_PLAYS"))
 	if err != nil || n < 1 {
-		n = 150
+		n = 100
 	}
 	granted, steps := 0, 0
 	for seed := range n {

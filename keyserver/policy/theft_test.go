@@ -222,7 +222,7 @@ func TestThefts(t *testing.T) {
 				t.Parallel()
 				tried, alike := 0, 0
 				for seed := range n {
-					for _, d := range []time.Duration{36 * time.Hour, 30*24*time.Hour + 2*time.Hour} {
+					for _, d := range []time.Duration{36 * time.Hour, 10*24*time.Hour + 2*time.Hour} {
 						h := newHousehold(uint64(1000+seed), l, table)
 						h.run(d)
 						if h.state.LastKey.IsZero() {

@@ -543,7 +543,10 @@ func years(short int) int {
 func TestYear(t *testing.T) {
 	n := years(1)
 	for _, table := range []bool{true, false} {
-		for _, l := range lines() {
+		for i, l := range lines() {
+			if !table && n == 1 && i > 0 {
+				continue // the short form
+			}
 			t.Run(fmt.Sprintf("table=%v/%s", table, strings.ReplaceAll(l.name, " ", "_")), func(t *testing.T) {
 				t.Parallel()
 				var all tally

@@ -104,6 +104,15 @@ func (p KeyPolicy) mistake(a Appliance) (key, text string) {
 	return "", ""
 }
 
+// WindowList is Windows as they are written.
+func (p KeyPolicy) WindowList() []string {
+	list := []string{}
+	for _, h := range p.Windows {
+		list = append(list, h.String())
+	}
+	return list
+}
+
 // Expects reports whether a key may be asked for at t: always, if there are no windows.
 func (p KeyPolicy) Expects(t time.Time) bool {
 	return len(p.Windows) == 0 || slices.ContainsFunc(p.Windows, func(h Hours) bool { return h.Contain(t) })

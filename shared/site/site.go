@@ -8,6 +8,7 @@ package site
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -76,6 +77,9 @@ type KeyServer struct {
 	Name    string `toml:"name"`
 	Address string `toml:"address"`  // host:port, as the appliances reach it
 	HostKey string `toml:"host_key"` // public, authorized_keys form
+	// Place is PlaceNone for one that is not where the VPN ends, and therefore cannot
+	// see from where an appliance comes; "": as each appliance's policy says.
+	Place string `toml:"place"`
 }
 
 // Appliance is one Pi elsewhere.
@@ -203,6 +207,20 @@ func (s *Site) Appliance(name string) (*Appliance, bool) {
 		}
 	}
 	return nil, false
+}
+
+// SeenBy is the site as one of its key servers can judge it. It shares everything
+// else with s.
+func (s *Site) SeenBy(k KeyServer) *Site {
+	if k.Place != PlaceNone {
+		return s
+	}
+	own := *s
+	own.Appliances = slices.Clone(s.Appliances)
+	for i := range own.Appliances {
+		own.Appliances[i].KeyPolicy.Place = PlaceNone
+	}
+	return &own
 }
 
 // Owner is the host that a repository of this name belongs to: the pusher whose

@@ -73,6 +73,7 @@ func (s *Site) validate(v validator) {
 		names.take(v, k.Name, "another key server", "key_server", "name", i)
 		v.hostPort(k.Address, "key_server", "address", i)
 		v.publicKey(k.HostKey, "key_server", "host_key", i)
+		v.Check(k.Place == "" || k.Place == PlaceNone, "key_server", "place", i, "%q is not %q, for a key server that cannot see where appliances are", k.Place, PlaceNone)
 	}
 	s.validateAppliances(v)
 	s.validatePushers(v)
