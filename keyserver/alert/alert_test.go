@@ -378,3 +378,15 @@ func TestTry(t *testing.T) {
 		t.Error("a mail was sent after the end")
 	}
 }
+
+func TestDocsNameEveryKind(t *testing.T) {
+	text, err := os.ReadFile("../../docs/keyserver.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for kind := range kinds {
+		if !strings.Contains(string(text), "`"+kind+"`") {
+			t.Errorf("docs/keyserver.md does not name %s", kind)
+		}
+	}
+}
