@@ -92,11 +92,6 @@ func Run(ctx context.Context, o Options) (err error) {
 	return nil
 }
 
-// shortLease makes a revocation reach an open disk within a demonstration's time.
-func shortLease(site string) string {
-	return strings.Replace(site, "keys_per_day = 48\n", "keys_per_day = 48\nlease = \"2m\"\n", 1)
-}
-
 // within bounds a wait.
 func within(ctx context.Context, d time.Duration, do func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, d)
@@ -133,7 +128,7 @@ func (d *show) prepare(ctx context.Context) error {
 		return err
 	}
 	if err := d.step("prepare a disk for a Raspberry Pi 3 (adiantum) and personalise its card", func() (err error) {
-		d.vault, err = d.s.Add(ctx, stage.Cast{Name: "vault", Machine: emulate.RaspberryPi3, DiskSize: 256 << 20, Relay: emulate.Relay{Line: 17}, Window: "24h", Settings: shortLease})
+		d.vault, err = d.s.Add(ctx, stage.Cast{Name: "vault", Machine: emulate.RaspberryPi3, DiskSize: 256 << 20, Relay: emulate.Relay{Line: 17}, Window: "24h", Settings: stage.ShortLease})
 		return err
 	}); err != nil {
 		return err

@@ -16,11 +16,6 @@ import (
 	"farkeep/shared/pushwire"
 )
 
-// shortLease makes a revocation reach an open disk within a minute.
-func shortLease(site string) string {
-	return strings.Replace(site, "keys_per_day = 48\n", "keys_per_day = 48\nlease = \"2m\"\n", 1)
-}
-
 // copies is how often the volume key may lie in a machine's memory: whole, and
 // each of its halves. dm-crypt keeps it whole (struct crypt_config); AES-XTS uses
 // each half as a key of its own, whose first round keys are its very bytes.

@@ -96,7 +96,7 @@ func TestMisfortunes(t *testing.T) {
 	w.must(err)
 	w.must(s.BuildImage(t.Context()))
 	lan := emulate.Forward{HostPort: freePort(t), GuestPort: 22}
-	w.a, err = s.Add(t.Context(), stage.Cast{Name: "barn", Machine: emulate.Generic, DiskSize: 512 << 20, Relay: emulate.Relay{Line: 5}, Window: "24h", Settings: shortLease, Forward: []emulate.Forward{lan}})
+	w.a, err = s.Add(t.Context(), stage.Cast{Name: "barn", Machine: emulate.Generic, DiskSize: 512 << 20, Relay: emulate.Relay{Line: 5}, Window: "24h", Settings: stage.ShortLease, Forward: []emulate.Forward{lan}})
 	w.must(err)
 	w.must(s.OpenHome(t.Context()))
 	w.must(s.StopKeyServer())
