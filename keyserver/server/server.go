@@ -163,7 +163,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	if limits.Idle == 0 {
 		limits.Idle = time.Minute
 	}
-	defer s.witness.flush()
+	counting, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var counts sync.WaitGroup
+	counts.Go(func() { s.witness.run(counting) })
+	defer counts.Wait()
+	defer stop() // after the last answer
 	verbs := &sshverb.Server{HostKey: s.c.HostKey, Authorise: s.authorise, Exec: s.exec, Limits: limits, Log: s.c.Log, LogArgs: logArgs}
 	return verbs.Serve(ctx, fairListener(l, s.c.Log))
 }

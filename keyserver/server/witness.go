@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"sort"
@@ -96,21 +97,41 @@ func (p *repeats) settle() []audit.Record {
 	return []audit.Record{r}
 }
 
-// flush writes the counts that are still open, when the server ends.
-func (w *witness) flush() {
+// run writes the count of every flood soon after its window, also when nothing of
+// its kind follows, and what is still open when ctx ends.
+func (w *witness) run(ctx context.Context) {
+	tick := time.NewTicker(repeatWindow / 6)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			w.flush(func(*repeats) bool { return true })
+			return
+		case <-tick.C:
+			now := w.now()
+			w.flush(func(p *repeats) bool { return now.Sub(p.since) >= repeatWindow || now.Before(p.since) })
+		}
+	}
+}
+
+// flush writes the counts of those windows that are over.
+func (w *witness) flush(over func(*repeats) bool) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	var open []*repeats
 	for _, p := range w.seen {
-		open = append(open, p)
+		if over(p) {
+			open = append(open, p)
+		}
 	}
 	sort.Slice(open, func(i, j int) bool { return open[i].since.Before(open[j].since) })
+	var records []audit.Record
 	for _, p := range open {
-		for _, r := range p.settle() {
-			if err := w.append(r); err != nil {
-				w.log.Error("the audit log could not be completed", "err", err)
-				return
-			}
+		records = append(records, p.settle()...)
+	}
+	w.mu.Unlock()
+	for _, r := range records {
+		if err := w.append(r); err != nil {
+			w.log.Error("the audit log could not be completed", "err", err)
 		}
 	}
 }
