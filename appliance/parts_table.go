@@ -161,7 +161,7 @@ func consentProfile(h part.Header) confine.Profile {
 		Caps:    []uintptr{unix.CAP_IPC_LOCK},
 		Network: confine.TCPPorts,
 		Connect: append([]uint16{53}, h.Ports...), // answers of name servers that are too long for UDP
-		Read:    []string{"/etc"},
+		Read:    []string{"/etc", h.Paths.Run},    // firmware's resolv.conf is a link to the network part's
 	}
 }
 

@@ -92,7 +92,7 @@ func TestConfinementTable(t *testing.T) {
 				},
 				"consent": {
 					UID: 0, Caps: []uintptr{unix.CAP_IPC_LOCK}, Network: confine.TCPPorts, Connect: []uint16{53, 2222},
-					Read: []string{"/etc"},
+					Read: []string{"/etc", m.run},
 				},
 				"receiver": {
 					UID: 903, Caps: []uintptr{unix.CAP_NET_BIND_SERVICE}, Network: confine.TCPPorts, Bind: []uint16{22},
