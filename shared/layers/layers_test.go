@@ -45,6 +45,8 @@ var rules = []rule{
 	{"farkeep/appliance/deadman", "github.com/emersion/go-smtp", "the part that judges does not speak to the network"},
 	{"farkeep/appliance/mail", "farkeep/shared/sshverb", "the part that mails has no way into the VPN's services"},
 	{"farkeep/keyserver", "os/exec", "nothing that an appliance sends reaches a program"},
+	{"farkeep/keyserver/alert", "farkeep/keyserver/keystore", "what mails never sees a key"},
+	{"farkeep/keyserver/metrics", "farkeep/keyserver/keystore", "what anybody in the VPN may ask never sees a key"},
 	{"farkeep/pusher/push", "os/exec", "a push needs no other program, so that none can be put in its place"},
 	{"farkeep/pusher/freeze", "os/exec", "a push needs no other program, so that none can be put in its place"},
 	{"farkeep/pusher/repository", "os/exec", "a push needs no other program, so that none can be put in its place"},
