@@ -38,6 +38,15 @@ it, as it is for cryptsetup --key-file. A key that is there already stays.`,
 			if err != nil {
 				return err
 			}
+			key, err := readKey(env, file)
+			if err != nil {
+				return err
+			}
+			defer key.Wipe()
+			// From here on as the service, which has to read what is written.
+			if _, err := asOwner(where.state); err != nil {
+				return err
+			}
 			keys, err := where.openKeys()
 			if err != nil {
 				return err
@@ -46,11 +55,6 @@ it, as it is for cryptsetup --key-file. A key that is there already stays.`,
 			if err != nil {
 				return err
 			}
-			key, err := readKey(env, file)
-			if err != nil {
-				return err
-			}
-			defer key.Wipe()
 			owner := ""
 			for _, a := range s.Appliances {
 				if a.LUKS == uuid {

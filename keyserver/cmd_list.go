@@ -62,6 +62,9 @@ func newListCmd(env *Env, where *places) *cobra.Command {
 					fmt.Fprintf(env.Stderr, "%s: %s waits for a person: farkeep-keyserver waiting\n", program, r.Appliance)
 				}
 			}
+			if err := where.sayPending(env); err != nil {
+				return err
+			}
 			for _, e := range unclaimed {
 				fmt.Fprintf(env.Stderr, "%s: there is a key of %s, and no appliance has that disk\n", program, e.UUID)
 			}
@@ -70,6 +73,23 @@ func newListCmd(env *Env, where *places) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+// sayPending names the key servers that have not taken a revocation yet.
+func (p *places) sayPending(env *Env) error {
+	s, err := p.readSite()
+	if err != nil {
+		return err
+	}
+	others, err := p.others(env, s)
+	if err != nil || others == nil {
+		return err
+	}
+	pending, err := others.Pending()
+	for _, one := range pending {
+		fmt.Fprintf(env.Stderr, "%s: key server %s does not know yet that %s is revoked: serve goes on trying; to be sure, revoke it there\n", program, one.Peer, one.Order.Appliance)
+	}
+	return err
 }
 
 func waits(n int) string {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"farkeep/keyserver/moment"
@@ -67,20 +68,25 @@ func (d *desk) order(name, reason string) orders.Order {
 }
 
 // others are the other key servers; nil with a warning where this one does not
-// know who it is itself.
+// know who it is itself, nil where there are none.
 func (d *desk) others() *peers.Peers {
-	if len(d.site.KeyServers) < 2 {
-		return nil
+	p, err := d.where.others(d.env, d.site)
+	if err != nil {
+		d.say("the other key servers cannot be told: %v", err)
 	}
-	signer, _, err := d.where.self(d.site)
-	if err == nil {
-		var p *peers.Peers
-		if p, err = peers.New(peers.Config{Servers: d.site.KeyServers, HostKey: signer, State: d.where.state, Log: quiet(), Now: d.env.Now}); err == nil {
-			return p
-		}
+	return p
+}
+
+// others are the other key servers of the site, for orders; nil where there are none.
+func (p *places) others(env *Env, s *site.Site) (*peers.Peers, error) {
+	if len(s.KeyServers) < 2 {
+		return nil, nil
 	}
-	d.say("the other key servers cannot be told: %v", err)
-	return nil
+	signer, _, err := p.self(s)
+	if err != nil {
+		return nil, err
+	}
+	return peers.New(peers.Config{Servers: s.KeyServers, HostKey: signer, State: p.state, Log: slog.New(slog.DiscardHandler), Now: env.Now})
 }
 
 func newRevokeCmd(env *Env, where *places) *cobra.Command {

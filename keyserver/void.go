@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 
 	"farkeep/keyserver/orders"
 	"farkeep/keyserver/wgpeer"
@@ -157,5 +156,3 @@ func (d *desk) unvoid(a *site.Appliance, takeBack bool) error {
 	d.say("its SSH key %s is taken again; its WireGuard peer is not put back by this", fingerprint)
 	return nil
 }
-
-func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }

@@ -140,6 +140,14 @@ func TestRevokeVoids(t *testing.T) {
 		}
 	}
 
+	for _, path := range []string{"secrets", "secrets/keys", "secrets/ssh_host_key", "secrets/mail_password"} {
+		if err := os.Chown(filepath.Join(dir, path), service, service); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A key that root brings, from a file that only root can read.
+	run("add", attic.LUKS, "--key-file", "disk.key")
+
 	// Printed only.
 	out := run("revoke", "attic", "--reason", "stolen", "--wait", "0", "--wg-conf", conf)
 	expect(out, "wg set farkeep peer "+attic.VPNKey+" remove", conf, "SSH client key SHA256:", "SSH host key SHA256:", "ks at 127.0.0.1:1")
@@ -172,18 +180,8 @@ func TestRevokeVoids(t *testing.T) {
 	}
 	expect(run("audit"), "void done attic", "unvoid done attic")
 	// Whatever root wrote, the service can read and change.
-	if err := filepath.WalkDir(state, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := d.Info()
-		if err == nil && info.Sys().(*syscall.Stat_t).Uid != service {
-			t.Errorf("%s belongs to %d", path, info.Sys().(*syscall.Stat_t).Uid)
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	ownedBy(t, state, service)
+	ownedBy(t, filepath.Join(dir, "secrets"), service)
 	// No interface, no file: what was done stays done, and the rest is an error with a way out.
 	cmd := exec.Command(program, "revoke", "shed", "--reason", "x", "--wait", "0", "--void", "--wg-interface", "none0", "--site", "site.toml", "--secrets", "secrets", "--state", "state")
 	cmd.Dir = dir
@@ -192,4 +190,21 @@ func TestRevokeVoids(t *testing.T) {
 		t.Error("a peer was voided in an interface that is not there")
 	}
 	expect(string(bad), "shed is revoked", "no such WireGuard interface here: none0", "on the machine where the tunnel ends")
+}
+
+// ownedBy checks who owns a folder and everything in it.
+func ownedBy(t *testing.T, folder string, uid uint32) {
+	t.Helper()
+	if err := filepath.WalkDir(folder, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil && info.Sys().(*syscall.Stat_t).Uid != uid {
+			t.Errorf("%s belongs to %d", path, info.Sys().(*syscall.Stat_t).Uid)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
 }
