@@ -44,12 +44,12 @@ func TestLeaseIsRenewed(t *testing.T) {
 		if s := d.Status(); s.LeaseServer != "name of b" || time.Until(s.LeaseUntil).Round(time.Minute) != 24*time.Hour || s.LeaseEnds == 0 {
 			t.Errorf("lease until %v of %q", s.LeaseUntil, s.LeaseServer)
 		}
-		after(10 * time.Hour)
+		after(3 * time.Hour)
 		want(t, d, status.DiskMounted)
 		// Every server hears of it, at the pace of the one that is in a hurry.
 		for _, id := range []string{"a", "b"} {
-			if n := m.asked(id); n < 590 || n > 620 {
-				t.Errorf("%s was asked %d times in ten hours", id, n)
+			if n := m.asked(id); n < 175 || n > 190 {
+				t.Errorf("%s was asked %d times in three hours", id, n)
 			}
 		}
 		if calls := m.take(); calls != "" {
@@ -97,15 +97,15 @@ func TestRefusedWhileOpen(t *testing.T) {
 		}
 		// The other server's consent does not count, nor does a wake, nor a new window.
 		d.Wake()
-		after(30 * time.Hour)
+		after(9 * time.Hour)
 		if s := want(t, d, status.DiskOff); s.Dark != status.DarkRefused {
 			t.Errorf("%+v", s)
 		}
 		if calls := m.take(); calls != "" {
 			t.Errorf("while it was refused: %s", calls)
 		}
-		if n := m.asked("b"); n > 30*6+30 {
-			t.Errorf("asked %d times in 30 hours", n)
+		if n := m.asked("b"); n > 9*6+40 {
+			t.Errorf("asked %d times in nine hours", n)
 		}
 		m.set(func() { m.servers["b"].refuses = false })
 		after(barredPace*6/5 + 15*time.Second)
@@ -123,7 +123,7 @@ func TestAllowedAndWoken(t *testing.T) {
 		d.Wake()
 		opened(t, m, d)
 		m.set(func() { m.servers["a"].refuses = true })
-		after(20 * time.Hour)
+		after(5 * time.Hour)
 		want(t, d, status.DiskOff)
 		m.set(func() { m.servers["a"].refuses = false })
 		d.Wake()
@@ -148,7 +148,7 @@ func TestLeaseRunsOut(t *testing.T) {
 		if s.Dark != status.DarkExpired || s.ErrorKind != status.ErrorLeaseExpired || len(s.Refused) != 0 {
 			t.Errorf("%+v", s)
 		}
-		after(12 * time.Hour)
+		after(4 * time.Hour)
 		if calls := m.take(); calls != "" {
 			t.Errorf("without an answer: %s", calls)
 		}
@@ -231,17 +231,17 @@ func TestCheckIn(t *testing.T) {
 	m := newMachine()
 	m.servers = map[string]*keyServer{"a": agrees(), "b": {silent: true}}
 	run(t, m, settings.Window{}, func(t *testing.T, d *Disk) {
-		after(24 * time.Hour)
+		after(6 * time.Hour)
 		want(t, d, status.DiskOff)
-		if n := m.asked("a"); n < 200 { // b is silent: it is asked every few minutes
-			t.Errorf("asked %d times in a day", n)
+		if n := m.asked("a"); n < 50 { // b is silent: it is asked every few minutes
+			t.Errorf("asked %d times in six hours", n)
 		}
 		m.set(func() { m.servers["b"].silent = false })
 		after(10 * time.Minute)
 		before := m.asked("a")
-		after(24 * time.Hour)
-		if n := m.asked("a") - before; n < 38 || n > 62 {
-			t.Errorf("asked %d times in a day", n)
+		after(12 * time.Hour)
+		if n := m.asked("a") - before; n < 18 || n > 32 {
+			t.Errorf("asked %d times in half a day", n)
 		}
 		for _, r := range m.rounds {
 			if r.Open || len(r.Dark) > 0 {
@@ -476,9 +476,9 @@ func TestApprovedAfterARefusal(t *testing.T) {
 		if n := m.servers["a"].petitions; n < 1 || n > 3 {
 			t.Errorf("%d requests that could be approved", n)
 		}
-		after(24 * time.Hour)
-		if n := m.servers["a"].petitions; n < 90 || n > 130 {
-			t.Errorf("%d requests in a day", n)
+		after(6 * time.Hour)
+		if n := m.servers["a"].petitions; n < 20 || n > 45 {
+			t.Errorf("%d requests in six hours", n)
 		}
 		if calls := m.take(); calls != "" {
 			t.Errorf("the disk was touched: %s", calls)
@@ -492,14 +492,14 @@ func TestApprovedAfterARefusal(t *testing.T) {
 	})
 }
 
-// A thousand hours of answers at random: a disk is never open without a lease,
+// Many hours of answers of all kinds: a disk is never open without a lease,
 // nor after a refusal that was heard.
 func TestNeverOpenWithoutConsent(t *testing.T) {
 	m := newMachine()
 	m.servers = map[string]*keyServer{"a": {lease: 20 * time.Minute, renew: 5 * time.Minute}, "b": {lease: 20 * time.Minute, renew: 5 * time.Minute}}
 	run(t, m, always, func(t *testing.T, d *Disk) {
 		quiet, refused := 0, 0 // minutes since the last consent, and with a refusal
-		for minute := range 1000 {
+		for minute := range 600 {
 			switch minute % 50 {
 			case 7:
 				m.set(func() { m.servers["a"].silent = true })
@@ -532,7 +532,7 @@ func TestNeverOpenWithoutConsent(t *testing.T) {
 				t.Fatalf("minute %d: unlocked %v, lease until %v", minute, s.Unlocked, s.LeaseUntil)
 			}
 		}
-		if n := strings.Count(m.take(), "mount"); n < 10 {
+		if n := strings.Count(m.take(), "mount"); n < 8 {
 			t.Errorf("opened %d times: nothing was shown", n)
 		}
 	})
