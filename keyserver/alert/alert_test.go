@@ -327,7 +327,7 @@ func TestFullOutbox(t *testing.T) {
 	c, k, _ := config(t, p)
 	a := open(t, c)
 	for i := range outbox.MaxMails {
-		if err := outbox.Put(a.outbox(), outbox.ID(uint64(i), "x", 1), []byte("x")); err != nil {
+		if err := os.WriteFile(filepath.Join(a.outbox(), outbox.ID(uint64(i), "x", 1)+".eml"), []byte("x"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
