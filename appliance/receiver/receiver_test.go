@@ -316,6 +316,30 @@ func TestKeeperLearnsWhoAsks(t *testing.T) {
 	}
 }
 
+// TestStatusOfTheLine: what home wants to know before the appliance travels.
+func TestStatusOfTheLine(t *testing.T) {
+	b := start(t)
+	home := b.dial(t, "home")
+	ask := func() (s pushwire.Status) {
+		t.Helper()
+		must(t, json.Unmarshal(must2(home.Run(t.Context(), "status --json", nil, pushwire.MaxLine))(t), &s))
+		return s
+	}
+	if s := ask(); s.VPN != nil || !s.MailSent.IsZero() {
+		t.Errorf("before any part said anything: %+v, %v", s.VPN, s.MailSent)
+	}
+	at := time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
+	must(t, status.Write(b.paths.Status(part.Network), status.Network{Addresses: []string{"192.0.2.7/24"}}))
+	must(t, status.Write(b.paths.Status(part.Mail), status.Mail{LastSent: at}))
+	if s := ask(); s.VPN == nil || s.VPN.Endpoint != "" || len(s.VPN.Addresses) != 1 || !s.MailSent.Equal(at) {
+		t.Errorf("with another system's VPN: %+v, %v", s.VPN, s.MailSent)
+	}
+	must(t, status.Write(b.paths.Status(part.Network), status.Network{Peers: []status.PeerStatus{{Name: "home", Endpoint: "203.0.113.7:51820", LastHandshake: at}}}))
+	if s := ask(); s.VPN == nil || s.VPN.Endpoint != "203.0.113.7:51820" || !s.VPN.LastHandshake.Equal(at) {
+		t.Errorf("with a tunnel of its own: %+v", s.VPN)
+	}
+}
+
 func TestStatusShowsOwnRepositoriesOnly(t *testing.T) {
 	b := start(t)
 	for key, want := range map[string][]string{"home": {"photos"}, "boss": {"photos", "secret"}, "reader": {"photos"}} {

@@ -99,11 +99,17 @@ func (l *list) answers() {
 	l.ok("answers", "version %s, up since %s", l.f.Status.Version, l.f.Status.Started.UTC().Format(time.DateTime))
 }
 
+// ownTunnel: the appliance's own WireGuard carries its traffic, so it knows how it
+// reaches home. In service mode the system's VPN does.
+func (l *list) ownTunnel() bool {
+	return l.f.Appliance.VPNKey != "" && l.f.Appliance.Board != "service"
+}
+
 func (l *list) vpn() {
 	if l.silent("vpn") {
 		return
 	}
-	if l.f.Appliance.VPNKey == "" {
+	if !l.ownTunnel() {
 		l.ok("vpn", "the system's own carries its traffic")
 		return
 	}
@@ -131,7 +137,7 @@ func (l *list) foreign() {
 		l.bad(name, do, "it does not say in which network it is")
 		return
 	}
-	if l.f.Appliance.VPNKey != "" {
+	if l.ownTunnel() {
 		endpoint, err := netip.ParseAddrPort(v.Endpoint)
 		if err != nil {
 			l.bad(name, do, "it does not say how it reaches home")

@@ -57,6 +57,9 @@ func TestList(t *testing.T) {
 		{"by IPv6", func(f *Facts) { f.Status.VPN.Endpoint = "[2001:db8::1]:51820" }, "", ""},
 		{"an endpoint that is none", func(f *Facts) { f.Status.VPN.Endpoint = "home" }, "foreign network", "how it reaches home"},
 		{"a VPN of its own", func(f *Facts) { f.Appliance.VPNKey, f.Status.VPN.Endpoint = "", "" }, "", ""},
+		{"service mode", func(f *Facts) {
+			f.Appliance.Board, f.Status.VPN.Endpoint, f.Status.VPN.LastHandshake = "service", "", time.Time{}
+		}, "", ""},
 		{"no clock", func(f *Facts) { f.Status.ClockSet = false }, "clock", "not set"},
 		{"wrong clock", func(f *Facts) { f.Status.Time = f.Now.Add(time.Hour); f.Status.VPN.LastHandshake = f.Status.Time }, "clock", "1h0m0s"},
 		{"key server dead", func(f *Facts) { f.KeyServers["borg"] = errors.New("refused") }, "key server borg", "refused"},
