@@ -128,6 +128,9 @@ func (j *judge) view(b *strings.Builder) {
 		if d.Error != "" {
 			add("disk error", "%s", line(d.Error))
 		}
+		if !d.LeaseUntil.IsZero() {
+			add("disk lease", "until %s, renewed by %s", stamp(d.LeaseUntil), cmp.Or(line(d.LeaseServer), "a key alone"))
+		}
 		if d.TotalBytes > 0 {
 			add("disk room", "%s free of %s", size(d.FreeBytes), size(d.TotalBytes))
 		}

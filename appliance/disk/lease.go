@@ -123,7 +123,7 @@ func (d *Disk) barLocked(why string, refusing []string) {
 	switch why {
 	case status.DarkRefused:
 		s.ErrorKind = status.ErrorLeaseRefused
-		s.Error = fmt.Sprintf("refused by key server %s: the disk stays dark until it grants again (its audit log says why; \"farkeep-keyserver allow\" lets the appliance in again)", d.namesOf(refusing))
+		s.Error = fmt.Sprintf("refused by key server %s: the disk stays dark until it grants again (\"farkeep-keyserver list\" there says whether the appliance was revoked, which \"allow\" ends, or waits for a person, who may \"approve\")", d.namesOf(refusing))
 		d.cfg.Log.Error("a key server refuses: the disk is closed and stays dark", "server", d.namesOf(refusing))
 	default:
 		s.ErrorKind = status.ErrorLeaseExpired

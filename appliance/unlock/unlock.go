@@ -123,7 +123,7 @@ func Attempt(ctx context.Context, log *slog.Logger, b Brief, m Mapper) Result {
 		err = hint.Because(err, "the key server holds the key of another disk or of an older header, or the disk's key slot is damaged: give the key server the right key with \"farkeep-keyserver add\", or restore the header from the operator's backup with cryptsetup luksHeaderRestore")
 	case errors.Is(err, keysource.ErrRefused):
 		r.ErrorKind = status.ErrorRefused
-		err = hint.Because(err, "its audit log on the key server says why; \"farkeep-keyserver allow\" lets the appliance in again")
+		err = hint.Because(err, "on the key server \"farkeep-keyserver list\" says whether it was revoked (\"allow\" lets it in again) or waits for a person (\"approve\")")
 	default:
 		r.ErrorKind = status.ErrorUnreachable
 		err = hint.Because(err, "check that the VPN is up and that the key server runs")
