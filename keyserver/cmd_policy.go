@@ -253,6 +253,10 @@ ever: in another place, after a long silence or with an old token its key waits 
 			if err != nil {
 				return err
 			}
+			if err := d.book.Allow(d.order(name, reason)); err != nil {
+				return err
+			}
+			d.say("%s may have its key, if its request is as it should be; otherwise it waits for approve", name)
 			if p := d.others(); p != nil {
 				from, err := p.Withdraw(name)
 				if err != nil {
@@ -262,10 +266,6 @@ ever: in another place, after a long silence or with an old token its key waits 
 					d.say("key server %s had not heard of the revocation, and will not", server)
 				}
 			}
-			if err := d.book.Allow(d.order(name, reason)); err != nil {
-				return err
-			}
-			d.say("%s may have its key, if its request is as it should be; otherwise it waits for approve", name)
 			if n := len(d.site.KeyServers); n > 1 {
 				d.say("allow it on the other %d key servers too", n-1)
 			}

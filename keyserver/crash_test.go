@@ -96,7 +96,12 @@ func (k *killing) serve() (kill func()) { return k.serveWith() }
 
 func (k *killing) serveWith(flags ...string) (kill func()) {
 	k.t.Helper()
-	cmd := k.command(append([]string{"serve", "--listen", k.address}, flags...)...)
+	return k.start(k.command(append([]string{"serve", "--listen", k.address}, flags...)...))
+}
+
+// start starts a serve and waits until it listens.
+func (k *killing) start(cmd *exec.Cmd) (kill func()) {
+	k.t.Helper()
 	said, err := cmd.StderrPipe()
 	k.check(err)
 	k.check(cmd.Start())
