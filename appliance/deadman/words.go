@@ -129,7 +129,7 @@ func (j *judge) view(b *strings.Builder) {
 			add("disk error", "%s", line(d.Error))
 		}
 		if !d.LeaseUntil.IsZero() {
-			add("disk lease", "until %s, renewed by %s", stamp(d.LeaseUntil), cmp.Or(line(d.LeaseServer), "a key alone"))
+			add("disk lease", "until %s, renewed by %s", stamp(d.LeaseUntil), cmp.Or(line(d.LeaseServer), "nobody yet"))
 		}
 		if d.TotalBytes > 0 {
 			add("disk room", "%s free of %s", size(d.FreeBytes), size(d.TotalBytes))

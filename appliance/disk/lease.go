@@ -72,7 +72,7 @@ type lease struct {
 // recall takes over what earlier runs left: refusals from the card, the rest
 // from the status of this boot.
 func (d *Disk) recall(b status.Disk) {
-	d.until = b.LeaseEnds
+	d.until, d.by = b.LeaseEnds, b.LeaseServer
 	d.askAt = d.cfg.Boottime() + checkinPace/30
 	switch refusing := d.cfg.Book.Refusing(); {
 	case len(refusing) > 0:

@@ -138,7 +138,11 @@ func (w *world) cardCopied() {
 	original, clone := w.a.Card, w.a.Card+".clone"
 	copyFile(w.T, original, clone)
 	w.must(w.a.Boot(context.WithoutCancel(w.Context())))
-	w.mounted()
+	// The first lease shows the new token. Until then the old one counts too, because
+	// a power cut may have taken the new one away.
+	w.await("open with a lease", func(s pushwire.Status) bool {
+		return s.Disk.Mounted && s.Disk.LeaseUntil.Sub(s.Time) < 5*time.Minute
+	})
 	w.must(w.a.CutPower())
 	w.a.Card = clone
 	w.must(w.a.Boot(context.WithoutCancel(w.Context())))
