@@ -163,5 +163,5 @@ func (r *Rehearsal) Extract(ctx context.Context) error {
 
 // Passphrase answers Borg's question for it.
 func Passphrase(text string) stockdebian.Answer {
-	return stockdebian.Answer{Asked: regexp.MustCompile(`(?i)enter passphrase[^\n]*: ?$`), Text: text}
+	return stockdebian.Answer{Asked: regexp.MustCompile(`Enter passphrase for key [^\n]*: ?$`), Text: text}
 }
