@@ -303,14 +303,11 @@ func (v *Inventory) inventory(path string) {
 	}
 	for _, r := range read.Repositories {
 		r.Keys = nil
-		m := Manifest{Format: formatNow, Site: "x", Disks: []Disk{{Appliance: "x", LUKS: "00000000-0000-0000-0000-000000000000", Header: strings.Repeat("0", 64)}}, Repositories: []Repository{r}}
-		if text, err := m.text(); err != nil {
-			v.note("%s: %v", path, err)
-		} else if _, err := ParseManifest(text); err != nil {
+		if !r.valid() {
 			v.note("%s: %.80q is no repository", path, r.Name)
-		} else {
-			v.Repositories = append(v.Repositories, r)
+			continue
 		}
+		v.Repositories = append(v.Repositories, r)
 	}
 }
 
@@ -318,10 +315,7 @@ func (v *Inventory) inventory(path string) {
 // bundle is made.
 func (v *Inventory) Write(folder string) error {
 	c := newContents()
-	named, _, err := v.named()
-	if err != nil {
-		return err
-	}
+	named, _ := v.named()
 	var text inventoryText
 	text.Repositories = named.repositories
 	b, err := toml.Marshal(text)
@@ -352,7 +346,7 @@ type namedKeys struct {
 // named gives each key its name in a bundle, and each repository its keys. What
 // several machines say of a repository is joined. Strangers are keys of no
 // repository that is known: they are taken along, because they may be one's.
-func (v *Inventory) named() (n namedKeys, strangers int, err error) {
+func (v *Inventory) named() (n namedKeys, strangers int) {
 	n.repositories = slices.Clone(v.Repositories)
 	slices.SortStableFunc(n.repositories, func(a, b Repository) int {
 		if c := strings.Compare(a.Name, b.Name); c != 0 {
@@ -397,7 +391,7 @@ func (v *Inventory) named() (n namedKeys, strangers int, err error) {
 			owner.Keys = append(slices.Clone(owner.Keys), name)
 		}
 	}
-	return n, strangers, nil
+	return n, strangers
 }
 
 func boolOrder(a, b bool) int {

@@ -253,6 +253,17 @@ type Repository struct {
 	Keys []string `toml:"keys"`
 }
 
+// valid judges what was read from a file.
+func (r Repository) valid() bool {
+	kinds := []string{runbook.KeyInRepository, runbook.KeyFile, runbook.KeyNone, runbook.KeyNoBorg, runbook.KeyUnknown}
+	for _, k := range r.Keys {
+		if manifest.CheckPath(k) != nil || path.Dir(k) != keysFolder {
+			return false
+		}
+	}
+	return settings.IsRepository(r.Name) && (r.ID == "" || isDigest(r.ID)) && slices.Contains(kinds, r.Key) && (r.Host == "" || settings.IsName(r.Host))
+}
+
 // unreadable reports whether the bundle lacks a key file that the repository needs.
 func (r Repository) unreadable() bool { return r.Key == runbook.KeyFile && len(r.Keys) == 0 }
 
@@ -300,16 +311,10 @@ func ParseManifest(text []byte) (*Manifest, error) {
 		seen[d.LUKS] = true
 	}
 	for _, r := range m.Repositories {
-		kinds := []string{runbook.KeyInRepository, runbook.KeyFile, runbook.KeyNone, runbook.KeyNoBorg, runbook.KeyUnknown}
-		if !settings.IsRepository(r.Name) || seen["repository "+r.Name] || r.ID != "" && !isDigest(r.ID) || !slices.Contains(kinds, r.Key) || r.Host != "" && !settings.IsName(r.Host) {
+		if !r.valid() || seen["repository "+r.Name] {
 			return nil, bad("%.80q is no repository", r.Name)
 		}
 		seen["repository "+r.Name] = true
-		for _, k := range r.Keys {
-			if manifest.CheckPath(k) != nil || path.Dir(k) != keysFolder {
-				return nil, bad("%.80q is no key", k)
-			}
-		}
 	}
 	return m, nil
 }

@@ -179,7 +179,7 @@ func TestCreateAndVerify(t *testing.T) {
 // TestSealed: stock age and tar open it, our own program does, and nobody without
 // the passphrase.
 func TestSealed(t *testing.T) {
-	h := newHome(t, "photos=repokey")
+	h := newHome(t, "photos")
 	o := h.options(Sealed, "sealed")
 	self, err := os.Executable()
 	check(t, err)
@@ -231,7 +231,7 @@ func TestSealed(t *testing.T) {
 }
 
 func TestCreateRefuses(t *testing.T) {
-	h := newHome(t, "photos=repokey")
+	h := newHome(t, "photos")
 	operator := func(name string) string { return filepath.Join(h.site, "operator", name) }
 	keep := func(path string, do func()) func() func() {
 		return func() func() {

@@ -360,10 +360,7 @@ func borgKeys(s *site.Site, folders []string, c *Contents, m *Manifest, r *Repor
 		all.Repositories, all.Keys, all.Notes = append(all.Repositories, v.Repositories...), append(all.Keys, v.Keys...), append(all.Notes, v.Notes...)
 	}
 	r.Notes = append(r.Notes, all.Notes...)
-	n, strangers, err := all.named()
-	if err != nil {
-		return nil, err
-	}
+	n, strangers := all.named()
 	m.Repositories = n.repositories
 	if strangers > 0 {
 		r.note("%d key files are of no repository that is known here; they are in the bundle all the same", strangers)

@@ -64,7 +64,7 @@ func (s *shell) step(name string, values ...string) {
 func (s *shell) run() (string, error) {
 	need(s.t, "unshare", "borg", "cryptsetup", "b2sum")
 	cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-euc",
-		"mount -t tmpfs none /mnt\nmkdir -p /dev/mapper\nmount -t tmpfs none /dev/mapper\n"+s.text.String())
+		"mount -t tmpfs none /mnt\nmkdir -p /dev/mapper\nmount -t tmpfs none /dev/mapper\nmount -t tmpfs none /dev/shm\n"+s.text.String())
 	cmd.Dir = s.h.dir
 	cmd.Env = []string{"PATH=" + filepath.Join(s.h.dir, "bin") + ":/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + filepath.Join(s.h.dir, "stranger"), "LANG=C.UTF-8", "BORG_PASSPHRASE=" + borgWords}
 	out, err := cmd.CombinedOutput()
@@ -155,8 +155,21 @@ func TestRunbook(t *testing.T) {
 		}
 	}
 	s.step("close")
+	// What was layered over one generation is not laid over another one.
+	s.text.WriteString("cat \"$FROM/files/config\" > /dev/null 2>&1 && exit 1\n")
+	open()
+	s.step("choose-repository", "REPO", "letters", "COPY", filepath.Join(work, "again"))
+	s.step("newest", "GENERATION", "000009-20260501T000000Z")
+	s.step("layer")
+	s.text.WriteString("echo left > \"$COPY/left\"\n")
+	s.step("newest")
+	s.step("layer")
+	s.text.WriteString("test ! -e \"$COPY/left\"\n")
+	s.step("borg-keys")
+	s.step("borg-list")
+	s.step("close")
 	out := s.mustRun()
-	if !strings.Contains(out, "000009-20260501T000000Z\n== sums") || strings.Count(out, "000010-20260502T000000Z\n== sums") != 2 {
+	if !strings.Contains(out, "000009-20260501T000000Z\n== sums") || strings.Count(out, "000010-20260502T000000Z\n== sums") != 2 || strings.Count(out, "monday ") != 4 {
 		t.Errorf("not the newest generation that is not suspect:\n%s", out)
 	}
 	for _, name := range []string{"photos", "letters", "pictures"} {
