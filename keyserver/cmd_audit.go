@@ -15,6 +15,7 @@ import (
 func newAuditCmd(env *Env, where *places) *cobra.Command {
 	var verify, asJSON bool
 	var expect []string
+	var appliance string
 	cmd := &cobra.Command{
 		Use:   "audit",
 		Short: "Print the audit log, or verify it",
@@ -24,13 +25,14 @@ the state folder wrote the rest of it anew shows only against a head that was no
 another machine: serve writes the head after every record to its own log; name one
 with --expect.`,
 		Example: `  farkeep-keyserver audit
+  farkeep-keyserver audit --appliance attic
   farkeep-keyserver audit --json
   farkeep-keyserver audit --verify`,
 		Args: usage.Args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			switch {
-			case verify && asJSON:
-				return usage.Errorf("--verify prints no records: leave out --json")
+			case verify && (asJSON || appliance != ""):
+				return usage.Errorf("--verify prints no records: leave out --json and --appliance")
 			case len(expect) > 0 && !verify:
 				return usage.Errorf("--expect goes with --verify")
 			}
@@ -43,6 +45,9 @@ with --expect.`,
 				return verifyAudit(env, where.state, expect)
 			}
 			return audit.Read(where.state, func(line []byte, r audit.Record) error {
+				if appliance != "" && r.Appliance != appliance {
+					return nil
+				}
 				if asJSON {
 					_, err := fmt.Fprintf(env.Stdout, "%s\n", line)
 					return err
@@ -53,6 +58,7 @@ with --expect.`,
 		},
 	}
 	cmd.Flags().BoolVar(&verify, "verify", false, "check the chain of hashes")
+	cmd.Flags().StringVar(&appliance, "appliance", "", "print the records about this one only")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the records as they are stored")
 	cmd.Flags().StringArrayVar(&expect, "expect", nil, "with --verify: a head that must be in the chain; repeat for several")
 	return cmd
