@@ -36,6 +36,9 @@ the file ip2asn-combined.tsv of iptoasn.com, unpacked, or lines "PREFIX AS".`,
   farkeep-keyserver endpoints --networks /var/lib/farkeep-networks/ip2asn-combined.tsv`,
 		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !cmd.Flags().Changed("every") {
+				every = place.DefaultEvery
+			}
 			if every < 100*time.Millisecond || every > place.MaxEvery {
 				return usage.Errorf("--every %v is not between 100ms and %v", every, place.MaxEvery)
 			}
@@ -47,6 +50,9 @@ the file ip2asn-combined.tsv of iptoasn.com, unpacked, or lines "PREFIX AS".`,
 			looks := []place.Look{{Source: place.SourceWireGuard, Observe: func(context.Context) ([]place.Observation, error) { return wireguard.Observe() }}}
 			if _, err := os.Stat(socket); err == nil || cmd.Flags().Changed("tailscale") {
 				looks = append(looks, place.Look{Source: place.SourceTailscale, Observe: place.OpenTailscale(socket).Observe})
+				if !cmd.Flags().Changed("every") {
+					every = place.TailscaleEvery
+				}
 			} else if !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
@@ -64,7 +70,7 @@ the file ip2asn-combined.tsv of iptoasn.com, unpacked, or lines "PREFIX AS".`,
 	cmd.Flags().StringVar(&path, "file", place.DefaultPath, "where serve finds it")
 	cmd.Flags().StringVar(&table, "networks", "", "table of networks and autonomous systems")
 	cmd.Flags().StringVar(&socket, "tailscale", place.TailscaleSocket, "tailscaled's socket")
-	cmd.Flags().DurationVar(&every, "every", place.DefaultEvery, "how often to look")
+	cmd.Flags().DurationVar(&every, "every", place.DefaultEvery, "how often to look (default with Tailscale 1s)")
 	cmd.Flags().BoolVar(&once, "once", false, "look once, print what is seen, write nothing")
 	return cmd
 }

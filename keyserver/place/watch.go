@@ -16,9 +16,13 @@ import (
 )
 
 const (
-	// DefaultEvery is how often the VPN is asked. A key waits for the next look,
-	// so this is what it costs an appliance; a look at 500 peers takes milliseconds.
-	DefaultEvery = 2 * time.Second
+	// DefaultEvery is how often WireGuard is asked. A request waits for the next
+	// look, and must still be the newest that was heard then: a copy of a card sends
+	// with the same key. A look at 500 peers takes milliseconds.
+	DefaultEvery = 250 * time.Millisecond
+	// TailscaleEvery is how often both are asked where Tailscale runs, whose answer
+	// is larger.
+	TailscaleEvery = time.Second
 	// MaxEvery keeps the file from being stale between two looks.
 	MaxEvery = LookWait - time.Second
 )

@@ -110,6 +110,10 @@ const (
 	// is the same too: a router's restart takes minutes, and an appliance that is
 	// unplugged loses its boot id.
 	FollowGap = 10 * time.Minute
+	// SettleTime is how long a peer must have been heard from one network alone
+	// before a key goes there, or before it is believed to have gone there itself:
+	// three keepalives of WireGuard's.
+	SettleTime = 90 * time.Second
 	// RelayPatience is how long a peer that is reached through a relay may take to
 	// find a direct path before the relay counts as its place.
 	RelayPatience = 30 * time.Minute

@@ -191,7 +191,7 @@ func (w *world) shift(d time.Duration) {
 // moves puts the peer from home to another endpoint after a silence.
 func moves(to netip.AddrPort, silence time.Duration) func(*world) {
 	return func(w *world) {
-		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, time.Minute+silence), w.visit(to, time.Minute, 0))
+		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 2*time.Minute+silence), w.visit(to, 2*time.Minute, 0))
 	}
 }
 
@@ -302,6 +302,24 @@ var decisions = []struct {
 	{"a checkin from another place", doing(checkin, elsewhere), policy.Refuse, policy.AskPlace},
 	{"a line that reconnects in another network", doing(moves(thief, time.Minute)), policy.Grant, policy.ReasonExpected},
 	{"a lease on a line that reconnects in another network", doing(lease, moves(thief, time.Minute)), policy.Grant, policy.ReasonExpected},
+	{"a line that reconnected in another network a minute ago", doing(func(w *world) {
+		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 61*time.Second), w.visit(thief, time.Minute, 0))
+	}), policy.Later, policy.ReasonUnplaced},
+	{"a lease, a minute after the line reconnected in another network", doing(lease, func(w *world) {
+		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 61*time.Second), w.visit(thief, time.Minute, 0))
+	}), policy.Later, policy.ReasonUnplaced},
+	{"somebody else was heard a moment ago: the request may be his", doing(func(w *world) {
+		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 20*time.Second), w.visit(thief, 10*time.Second, 5*time.Second), w.visit(home, time.Second, 0))
+	}), policy.Later, policy.ReasonUnplaced},
+	{"somebody else was heard a moment ago: a lease", doing(lease, func(w *world) {
+		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 20*time.Second), w.visit(thief, 10*time.Second, 5*time.Second), w.visit(home, time.Second, 0))
+	}), policy.Grant, policy.ReasonExpected},
+	{"somebody else is heard at this moment: his place is not learned from the appliance's request", doing(checkin, func(w *world) {
+		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 5*time.Second), w.visit(thief, time.Second, 0))
+	}), policy.Later, policy.ReasonUnplaced},
+	{"there and back and there within minutes: not followed", doing(checkin, func(w *world) {
+		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 7*time.Minute), w.visit(thief, 6*time.Minute, 5*time.Minute), w.visit(home, 5*time.Minute, 4*time.Minute), w.visit(thief, 3*time.Minute, 0))
+	}), policy.Later, policy.ReasonUnplaced},
 	{"moved in a minute, with a new boot id", doing(moves(thief, time.Minute), newBoot), policy.Hold, policy.AskPlace},
 	{"moved in a minute, with no boot id", doing(moves(thief, time.Minute), func(w *world) { w.f.Request.Claims = keywire.Claims{} }), policy.Hold, policy.AskPlace},
 	{"silent for eleven minutes, then in another network", doing(moves(thief, 11*time.Minute)), policy.Hold, policy.AskPlace},
@@ -404,7 +422,8 @@ var decisions = []struct {
 	{"only ever through a relay", doing(tailscale, fresh, relayedFor(time.Hour), granted, later), policy.Grant, policy.ReasonExpected},
 	{"only ever through a relay, now through another", doing(tailscale, fresh, relayedFor(time.Hour), granted, later, func(w *world) { w.f.Place.Trail[0].Network = place.RelayOf("nyc") }), policy.Hold, policy.AskPlace},
 	{"by relay at first, then directly, then somebody forces the relay", doing(tailscale, fresh, relayedFor(time.Hour), granted, func(w *world) {
-		w.f.Place.Trail = append(w.f.Place.Trail, w.visit(home, time.Second, 0))
+		w.f.Place.Trail[0].Last -= 3 * time.Minute
+		w.f.Place.Trail = append(w.f.Place.Trail, w.visit(home, 2*time.Minute, 0))
 	}, granted, newBoot, relayedFor(time.Hour), func(w *world) { w.again(keywire.Key); newBoot(w) }), policy.Hold, policy.AskPlace},
 }
 

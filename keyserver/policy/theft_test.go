@@ -130,6 +130,51 @@ var thefts = []struct {
 		}
 		return ""
 	}},
+	{"a copy of the card elsewhere, and their packets cross", func(h *household) string {
+		home, relay, until, token := h.endpoint, h.line.relay, h.relayUntil, h.token
+		boot, bootAt := h.boot, h.bootAt
+		copied, copyBoot, copyBootAt := token, h.id(), h.t
+		original := func() {
+			h.endpoint, h.line.relay, h.relayUntil, h.boot, h.bootAt, h.token = home, relay, until, boot, bootAt, token
+		}
+		h.carry(0)
+		away := h.endpoint
+		copyAsks := func() string {
+			h.boot, h.bootAt, h.token = copyBoot, copyBootAt, copied
+			if v, _ := h.request(keywire.Key); v == policy.Grant {
+				return "the copy got a key"
+			}
+			return ""
+		}
+		for range 60 {
+			// The copy asks, and the newest packet is the appliance's.
+			h.t += 20 * time.Second
+			h.endpoint, h.line.relay, h.relayUntil = away, "", 0
+			h.hear()
+			h.t += time.Second
+			original()
+			if wrong := copyAsks(); wrong != "" {
+				return wrong
+			}
+			// The appliance asks, and the newest packet is the copy's.
+			h.t += 20 * time.Second
+			original()
+			h.hear()
+			h.t += time.Second
+			h.endpoint, h.line.relay, h.relayUntil = away, "", 0
+			if v, _ := h.request(keywire.CheckIn); v == policy.Grant {
+				return "the copy's place was taken for the appliance's"
+			}
+			h.t += time.Second
+			if wrong := copyAsks(); wrong != "" {
+				return wrong
+			}
+		}
+		if len(h.state.Waiting) == 0 {
+			return "nobody heard of the copy"
+		}
+		return ""
+	}},
 	{"a copy of the card at the same line: found when the other one asks", func(h *household) string {
 		first := h.token
 		h.t += time.Hour

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"farkeep/keyserver/place"
+	"farkeep/shared/keywire"
 	"farkeep/shared/site"
 )
 
@@ -49,12 +50,21 @@ func (j *judgement) where() whereabouts {
 	switch {
 	case j.known(here.Network):
 		w.standing = placeKnown
+		if j.f.Request.Verb == keywire.Key && !j.settled() {
+			w.standing = placeUnknown
+		}
 	case j.followed(j.next.Trusted.Network, j.next.Trusted.Boot):
 		w.standing = placeFollowed
+		if !j.settled() || j.returned() {
+			w.standing = placeUnknown
+		}
 	case waits && (len(j.next.Networks) == 0 || j.direct()):
 		w.standing = placeUnknown
 	case len(j.next.Networks) == 0:
 		w.standing = placeFirst
+	}
+	if w.flaps && w.standing == placeUnknown && j.f.Request.Verb == keywire.Key {
+		w.standing = placeOther // waiting would not settle it: a person is asked
 	}
 	return w
 }
@@ -74,6 +84,29 @@ func (k KnownNetwork) asked() bool { return k.How == "approved" || k.How == "exp
 // direct reports whether the appliance was ever reached without a relay.
 func (j *judgement) direct() bool {
 	return slices.ContainsFunc(j.next.Networks, func(k KnownNetwork) bool { return !k.IsRelay() })
+}
+
+// settled reports whether the peer was heard from one network alone for a while.
+// A copy of its card elsewhere sends with the same key: for a moment the newest
+// packet may be the appliance's while the request is the copy's, or the other way
+// round. The next keepalive, or the copy's own packets, give that away.
+func (j *judgement) settled() bool {
+	trail := j.f.Place.Trail
+	return len(trail) < 2 || j.f.Now.Up-trail[len(trail)-2].Last >= SettleTime
+}
+
+// returned reports whether the peer lately came back to a network that it had
+// left shortly before: then there may be two, and neither is followed.
+func (j *judgement) returned() bool {
+	trail := j.f.Place.Trail
+	for k := range trail {
+		for i := range k {
+			if trail[i].Network.Name == trail[k].Network.Name && j.f.Now.Up-trail[k].First < FollowGap && gap(trail[i], trail[k]) < FollowGap {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // followed reports whether the VPN saw the peer go from a network to where it is
