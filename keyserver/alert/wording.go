@@ -18,6 +18,7 @@ type kind struct {
 	means   []string // what may be behind it, the harmless first
 	yours   []string // commands, if it was you
 	other   []string // what else to do, or to look at
+	nothing string   // what happens if nobody does anything
 	revoke  bool     // it may be a thief: say how to revoke
 }
 
@@ -25,7 +26,7 @@ var kinds = map[string]kind{
 	Up: {
 		subject: "the key server can mail",
 		seen:    "This is the first mail of this key server. It says that mails arrive; nothing is wrong.",
-		means:   []string{"If you ever get no mail for what you do know of, look at \"mail\" in farkeep-keyserver check."},
+		means:   []string{"If you ever get no mail for what you do know of, try sudo farkeep-keyserver check --mail."},
 	},
 	Held: {
 		subject: "NAME asks for its key, and waits for you",
@@ -35,9 +36,10 @@ var kinds = map[string]kind{
 			"It was carried to another place, or its provider has changed.",
 			"Somebody took it, or has its SD card, and has plugged it in.",
 		},
-		yours:  []string{"farkeep-keyserver waiting", "farkeep-keyserver approve NAME --reason \"why it is all right\""},
-		other:  []string{"Call the people who live there before you approve: is the box still where it stood?"},
-		revoke: true,
+		yours:   []string{"sudo farkeep-keyserver waiting", "sudo farkeep-keyserver approve NAME --reason \"why it is all right\""},
+		other:   []string{"Call the people who live there before you approve: is the box still where it stood?"},
+		revoke:  true,
+		nothing: "It gets no key and its disk stays dark: nothing can be read, and no backup arrives there until you decide.",
 	},
 	GrantedUnexpected: {
 		subject: "NAME was given what it asked for, but something was unusual",
@@ -46,8 +48,9 @@ var kinds = map[string]kind{
 			"The appliance was carried to another place, or its provider has changed.",
 			"Somebody took it, or has its SD card, and it works for him.",
 		},
-		other:  []string{"key_policy.approval = \"after-absence\" would have waited for you."},
-		revoke: true,
+		other:   []string{"key_policy.approval = \"after-absence\" would have waited for you."},
+		revoke:  true,
+		nothing: "It goes on as it is, with its disk open.",
 	},
 	Stranger: {
 		subject: "somebody without a right showed an SSH key",
@@ -66,8 +69,9 @@ var kinds = map[string]kind{
 			"site.toml here is older than the appliance: a new disk, another address.",
 			"Somebody tries what this key gets.",
 		},
-		other:  []string{"Compare the disk and the address above with site.toml."},
-		revoke: true,
+		other:   []string{"Compare the disk and the address above with site.toml."},
+		revoke:  true,
+		nothing: "It gets nothing, this time and the next.",
 	},
 	TokenMismatch: {
 		subject: "NAME showed an old token: its SD card may have been copied",
@@ -77,15 +81,17 @@ var kinds = map[string]kind{
 			"You wrote its SD card again, or put in another one.",
 			"Somebody copied the card. Either the copy asks now, or the copy asked before and this is the real one.",
 		},
-		yours:  []string{"farkeep-keyserver approve NAME --reason \"I wrote the card anew\""},
-		other:  []string{"If you did not touch the card, do not approve, although the box may be in its place: revoke, and write a new card with new keys (farkeep-image personalise --replace)."},
-		revoke: true,
+		yours:   []string{"sudo farkeep-keyserver approve NAME --reason \"I wrote the card anew\""},
+		other:   []string{"If you did not touch the card, do not approve, although the box may be in its place: revoke, and write a new card with new keys (farkeep-image personalise --replace)."},
+		revoke:  true,
+		nothing: "With the default policy it gets no key and its disk stays dark until you decide; \"decision\" above says what was done this time.",
 	},
 	PlaceUnknownLasting: {
 		subject: "where appliances are is not known",
 		seen:    "The key server cannot learn from the VPN where its peers are. Keys that depend on the place are not given until it can.",
 		means:   []string{"The unit farkeep-endpoints does not run, or WireGuard is down."},
 		other:   []string{"systemctl status farkeep-endpoints wg-quick@farkeep"},
+		nothing: "Appliances that restart get no key, and no backup arrives there until the place is known again.",
 	},
 	HeaderChanged: {
 		subject: "the header of NAME's disk is not the one in the backup",
@@ -102,7 +108,8 @@ var kinds = map[string]kind{
 		subject: "one copy of the LUKS header of NAME's disk is damaged",
 		seen:    "A LUKS2 disk has two copies of its header. One no longer reads, the other does: the disk opens today.",
 		means:   []string{"The disk is failing, or something wrote over its beginning."},
-		other:   []string{"See that the bundle is at hand and fits (farkeep-keyserver bundle verify), then mend the header as docs/disk.md says.", "Think about a new disk."},
+		other:   []string{"See that the bundle is at hand and fits (farkeep-keyserver bundle verify, on your laptop), then mend the header as docs/disk.md says.", "Think about a new disk."},
+		nothing: "It works, until the other copy goes too. Then only the header backup in the bundle opens the disk.",
 	},
 	Slots: {
 		subject: "NAME's disk has an unexpected number of key slots",
@@ -118,7 +125,7 @@ var kinds = map[string]kind{
 		subject: "NAME was told that it is revoked",
 		seen:    "The revoked appliance asked and was refused. If its disk was open, it closes it now and reports that it is dark.",
 		means:   []string{"The revocation has reached it."},
-		yours:   []string{"farkeep-keyserver allow NAME --reason \"why it is trusted again\""},
+		yours:   []string{"sudo farkeep-keyserver allow NAME --reason \"why it is trusted again\""},
 	},
 	Dark: {
 		subject: "NAME says that its disk is dark",
@@ -128,26 +135,30 @@ var kinds = map[string]kind{
 			"No key server could be reached for the whole lease.",
 			"It is the appliance's own word. A machine in a thief's hands can say so too.",
 		},
-		other:  []string{"farkeep-keyserver list"},
-		revoke: true,
+		other:   []string{"sudo farkeep-keyserver list"},
+		revoke:  true,
+		nothing: "The disk stays dark, and no backup arrives there, until a key server grants the key again.",
 	},
 	RevocationNotDelivered: {
 		subject: "another key server does not know that NAME is revoked",
 		seen:    "NAME is revoked here. Another key server of this site could not be told, and may still give the key away.",
 		means:   []string{"That key server is off, or not to be reached from here. This one goes on trying."},
-		other:   []string{"On the other key server: farkeep-keyserver revoke NAME --reason \"as on the first\""},
+		other:   []string{"On the other key server: sudo farkeep-keyserver revoke NAME --reason \"as on the first\""},
+		nothing: "This key server goes on trying. Until the other knows, a thief who reaches it may get the key.",
 	},
 	BundleStale: {
 		subject: "the recovery bundle does not fit NAME's disk",
 		seen:    "The disk's header is not the one that the recovery bundle was made for. If home burned today, the bundle might not open this disk.",
 		means:   []string{"Keys or the disk were changed after the bundle was made."},
-		other:   []string{"Make a new bundle: farkeep-keyserver bundle create, then bundle verify, and destroy the old one."},
+		other:   []string{"On your laptop: farkeep-keyserver bundle create, then bundle verify. Then destroy the old bundle."},
+		nothing: "Everything works, and a recovery might not.",
 	},
 	StateUnreadable: {
 		subject: "the key server could not answer NAME",
 		seen:    "Something went wrong inside the key server, and when in doubt it gives no key. The reason is below.",
 		means:   []string{"The disk of the key server is full or failing.", "A file that it needs is missing or unreadable: a key, what it remembers of NAME, the audit log.", "Somebody changed such a file."},
-		other:   []string{"farkeep-keyserver check", "farkeep-keyserver audit --verify"},
+		other:   []string{"sudo farkeep-keyserver check", "sudo farkeep-keyserver audit --verify"},
+		nothing: "Nobody gets a key of that appliance until it is mended.",
 	},
 	Flapping: {
 		subject: "NAME is in two places at once",
@@ -202,15 +213,18 @@ func compose(ev Event, keyServer string) mail {
 	}
 	list("If it is all right, type on the key server", yours)
 	list("To do", k.other)
+	if k.nothing != "" {
+		list("If you do nothing", []string{k.nothing})
+	}
 	if k.revoke && ev.Appliance != "" {
-		list("If you do not know, or it was stolen, type on the key server", []string{"farkeep-keyserver revoke NAME --reason \"stolen?\""})
-		b.WriteString("\nA revocation costs nothing that \"allow\" does not bring back. When in doubt, revoke first and ask then.\n")
+		list("If you do not know, or it was stolen, type on the key server", []string{"sudo farkeep-keyserver revoke NAME --reason \"stolen?\""})
+		b.WriteString("\n\"allow\" takes a revocation back. When in doubt, revoke first and ask then.\n")
 	}
 	b.WriteString(footer)
 	return mail{subjectPrefix + say(k.subject), b.String()}
 }
 
-const footer = "\nEvery request and decision: farkeep-keyserver audit.\n" +
+const footer = "\nEvery request and decision: sudo farkeep-keyserver audit.\n" +
 	"This mail has no link, and no answer to it opens anything: that is done at the key server alone.\n"
 
 // maxSummary bounds the lines of a summary, so that it fits into a mail.
@@ -251,7 +265,7 @@ func composeSummary(lines []untold, keyServer string) mail {
 			fmt.Fprintf(&b, "  the last: %s\n", letter.Line(ascii(strings.Join(last, ", ")), 160))
 		}
 	}
-	b.WriteString("\nWhat waits for you: farkeep-keyserver waiting\nTo stop an appliance that asks and asks: farkeep-keyserver revoke NAME --reason \"...\"\n")
+	b.WriteString("\nWhat waits for you: sudo farkeep-keyserver waiting\nTo stop an appliance that asks and asks: sudo farkeep-keyserver revoke NAME --reason \"...\"\n")
 	b.WriteString(footer)
 	return mail{fmt.Sprintf("%s%s about %s", subjectPrefix, plural(total, "more event"), plural(len(appliances), "appliance")), b.String()}
 }
