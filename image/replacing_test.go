@@ -22,7 +22,8 @@ import (
 type replacing struct {
 	*testing.T
 	dir     string
-	port    string
+	root    string // / of the machine that runs the commands
+	port    string // of its key server
 	uuid    string
 	token   string // what the appliance keeps
 	chapter map[string]string
@@ -31,6 +32,7 @@ type replacing struct {
 func newReplacing(t *testing.T) *replacing {
 	t.Helper()
 	r := &replacing{T: t, dir: t.TempDir(), chapter: map[string]string{}}
+	r.root = r.dir
 	for _, doc := range []string{"../docs/operations.md", "../docs/disk.md"} {
 		text, err := os.ReadFile(doc)
 		r.check(err)
@@ -45,15 +47,12 @@ func newReplacing(t *testing.T) *replacing {
 			t.Fatalf("build %s: %v\n%s", name, err, out)
 		}
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	r.check(err)
-	_, r.port, err = net.SplitHostPort(l.Addr().String())
-	r.check(errors.Join(err, l.Close()))
-	r.file("bin/farkeep-keyserver", 0o755, fmt.Sprintf("#!/bin/sh\nexec %[1]s/programs/farkeep-keyserver \"$@\" --site %[1]s/etc/farkeep/site.toml --secrets %[1]s/etc/farkeep/keyserver --state %[1]s/var/lib/farkeep-keyserver\n", r.dir))
+	r.port = r.freePort()
+	r.file("bin/farkeep-keyserver", 0o755, fmt.Sprintf("#!/bin/sh\nexec %[1]s/programs/farkeep-keyserver \"$@\" --site \"$ROOT/etc/farkeep/site.toml\" --secrets \"$ROOT/etc/farkeep/keyserver\" --state \"$ROOT/var/lib/farkeep-keyserver\"\n", r.dir))
 	r.file("bin/farkeep-image", 0o755, fmt.Sprintf("#!/bin/sh\nexec %s/programs/farkeep-image \"$@\"\n", r.dir))
 	// systemctl, for the one service that must really run.
-	r.file("bin/systemctl", 0o755, fmt.Sprintf(`#!/bin/sh
-cd %s
+	r.file("bin/systemctl", 0o755, `#!/bin/sh
+cd "$ROOT"
 echo "$@" >> systemctl.log
 [ "$2" = farkeep-keyserver ] || exit 0
 if [ "$1" != start ]; then
@@ -62,7 +61,7 @@ fi
 if [ "$1" != stop ]; then
 	farkeep-keyserver serve --metrics "" >> serve.log 2>&1 & echo $! > pid
 fi
-`, r.dir))
+`)
 	r.file("passphrase", 0o600, "four words and more\n")
 	r.file("password", 0o600, "pw\n")
 	for _, folder := range []string{"dev", "media/FARKEEP", "etc/wireguard", "etc/farkeep/keyserver", "var/lib"} {
@@ -86,6 +85,15 @@ farkeep-image disk prepare dev/sdb --dir my-site --appliance attic --size-for 1T
 	t.Cleanup(func() { r.try("systemctl stop farkeep-keyserver") })
 	r.uuid = r.appliance().LUKS
 	return r
+}
+
+func (r *replacing) freePort() string {
+	r.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	r.check(err)
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	r.check(errors.Join(err, l.Close()))
+	return port
 }
 
 func (r *replacing) check(err error) {
@@ -120,7 +128,7 @@ func (r *replacing) appliance() *site.Appliance {
 func (r *replacing) try(script string, env ...string) (string, error) {
 	cmd := exec.Command("sh", "-eu", "-c", script)
 	cmd.Dir = r.dir
-	cmd.Env = append([]string{"PATH=" + filepath.Join(r.dir, "bin") + ":" + os.Getenv("PATH"), "HOME=" + r.dir}, env...)
+	cmd.Env = append([]string{"PATH=" + filepath.Join(r.dir, "bin") + ":" + os.Getenv("PATH"), "HOME=" + r.dir, "ROOT=" + r.root}, env...)
 	// Not a pipe: the key server goes on when the script has ended.
 	out, err := os.Create(filepath.Join(r.dir, "out"))
 	if err != nil {
@@ -150,7 +158,8 @@ func (r *replacing) steps(env []string, names ...string) {
 		if !ok {
 			r.Fatalf("the docs have no step %s", name)
 		}
-		here := strings.NewReplacer("-C / ", "-C "+r.dir+" ", "/etc/", r.dir+"/etc/", "/dev/sdb", r.dir+"/dev/sdb", "/media/", r.dir+"/media/")
+		here := strings.NewReplacer("-C / ", "-C "+r.root+" ", "/etc/", r.root+"/etc/", "/dev/sdb", r.dir+"/dev/sdb", "/media/", r.dir+"/media/",
+			"10.77.0.9:4022", "127.0.0.1:"+r.port, "--passphrase", "--passphrase=fd:3 3<passphrase")
 		r.sh(here.Replace(script), env...)
 	}
 }
@@ -161,7 +170,13 @@ func (r *replacing) ask(identity, uuid, token string) (key []byte, code int) {
 	r.Helper()
 	s, err := site.Read(filepath.Join(r.dir, "my-site/site.toml"))
 	r.check(err)
-	r.file("known_hosts", 0o600, fmt.Sprintf("[127.0.0.1]:%s %s\n", r.port, s.KeyServers[0].HostKey))
+	hostKey := ""
+	for _, k := range s.KeyServers {
+		if k.Address == "127.0.0.1:"+r.port {
+			hostKey = k.HostKey
+		}
+	}
+	r.file("known_hosts", 0o600, fmt.Sprintf("[127.0.0.1]:%s %s\n", r.port, hostKey))
 	for deadline := time.Now().Add(30 * time.Second); ; {
 		c, err := net.Dial("tcp", "127.0.0.1:"+r.port)
 		if err == nil {
@@ -169,7 +184,7 @@ func (r *replacing) ask(identity, uuid, token string) (key []byte, code int) {
 			break
 		}
 		if time.Now().After(deadline) {
-			text, _ := os.ReadFile(filepath.Join(r.dir, "serve.log"))
+			text, _ := os.ReadFile(filepath.Join(r.root, "serve.log"))
 			r.Fatalf("the key server does not answer: %s", text)
 		}
 		time.Sleep(20 * time.Millisecond)
@@ -287,6 +302,23 @@ func TestReplacing(t *testing.T) {
 			}
 			if log := r.sh("cat systemctl.log"); !strings.Contains(log, "restart wg-quick@farkeep") {
 				t.Errorf("the tunnel was not told: %s", log)
+			}
+		})
+	})
+	t.Run("a further key server", func(t *testing.T) {
+		with(t, func(r *replacing) {
+			second := *r
+			second.port, second.root = r.freePort(), filepath.Join(r.dir, "cabin")
+			r.check(os.MkdirAll(filepath.Join(second.root, "var/lib"), 0o700))
+			second.steps(nil, "further-add")
+			r.steps(nil, "further-export")
+			second.steps(nil, "further-import")
+			t.Cleanup(func() { second.try("systemctl stop farkeep-keyserver") })
+			second.opens("")
+			second.opens(second.token)
+			r.opens(r.token)
+			if text, err := os.ReadFile(filepath.Join(r.dir, "my-site/appliances/attic/farkeep.toml")); err != nil || !strings.Contains(string(text), "127.0.0.1:"+second.port) {
+				t.Errorf("the appliance does not know the new key server: %v", err)
 			}
 		})
 	})
