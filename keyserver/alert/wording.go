@@ -115,6 +115,7 @@ var kinds = map[string]kind{
 		subject: "NAME's disk has an unexpected number of key slots",
 		seen:    "A disk of Farkeep has two key slots: the key server's and the bundle's. This one has another number.",
 		means: []string{
+			"The disk had slots of its own before it was adopted, and they are still there.",
 			"A change of keys was begun and not finished.",
 			"Somebody who had the disk open added a key of his own. It opens the disk without this key server, revoked or not.",
 		},
