@@ -18,11 +18,12 @@
 //	    restore_key            reads generations
 //	    mail_password
 //
-// An identity is made once and never again: its file is created exclusively,
-// before site.toml names it, and a name whose identity is missing or differs
-// from site.toml is an error, never a reason to make another. Everything else
-// is derived and rewritten whenever it differs. So a run that was cut short is
-// completed by the next, and a second run changes nothing.
+// An identity is made once: its file is created exclusively, before site.toml
+// names it, and a name whose identity is missing or differs from site.toml is an
+// error, never a reason to make another. Only [Dir.ReplaceIdentity] replaces one,
+// of an appliance whose card was lost. Everything else is derived and rewritten
+// whenever it differs. So a run that was cut short is completed by the next, and a
+// second run changes nothing.
 package siteinit
 
 import (
