@@ -31,8 +31,8 @@ it with its recovery key, and of each repository fetch files drawn by lot over t
 with the restore key, and compare them with the sums that were taken at the source. The
 appliances open their disks for it and close them again.
 
-When all is well the date goes into site.toml, [bundle] drilled; status says when the
-last drill is half a year old. The commands of the runbook themselves are run by
+When all is well the date goes into site.toml, [bundle] drilled; status warns
+when the last drill is long ago. The commands of the runbook themselves are run by
 "farkeep-image drill", on a stock Debian in an emulated machine.
 
 Exit codes: 0 passed, 1 problems were found, 2 wrong arguments.`,
