@@ -166,7 +166,16 @@ func (s *Store) healSums(ctx context.Context, repository, name string, dir *bene
 			return err
 		}
 	}
-	if err := errors.Join(w.Flush(), out.Sync()); err != nil {
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	// It keeps its time, where that can be read: a healed generation is what it was.
+	if st, err := gen.Stat(SumsFile); err == nil {
+		if err := dir.SetTimes(healLink, st.Atim, st.Mtim); err != nil {
+			return err
+		}
+	}
+	if err := out.Sync(); err != nil {
 		return err
 	}
 	if err := dir.Rename(healLink, gen, SumsFile); err != nil {

@@ -282,6 +282,10 @@ func TestHealSums(t *testing.T) {
 	}
 	damage(t, list(names[0], generations.SumsFile), flip(70))
 	damage(t, list(names[1], generations.SumsFile), flip(70))
+	committed := time.Date(2026, 1, 1, 3, 4, 5, 6000, time.UTC)
+	if err := os.Chtimes(list(names[0], generations.SumsFile), committed, committed); err != nil {
+		t.Fatal(err)
+	}
 	if n := len(verifyAll(t, s, names[:2])); n != 2 {
 		t.Errorf("%d lists are rotten, want 2", n)
 	}
@@ -290,6 +294,9 @@ func TestHealSums(t *testing.T) {
 		t.Errorf("without a manifest: %v", err)
 	}
 	compare(t, dir, "photos", names[0], days[0])
+	if st, err := os.Stat(list(names[0], generations.SumsFile)); err != nil || !st.ModTime().Equal(committed) || st.Mode() != 0o444 {
+		t.Errorf("the healed list: %v, %v", st, err)
+	}
 	if left := rotten(t, s); len(left) != 1 || left[0].Generations[0] != names[1] {
 		t.Errorf("still rotten: %+v", left)
 	}
