@@ -317,6 +317,9 @@ var decisions = []struct {
 	{"somebody else is heard at this moment: his place is not learned from the appliance's request", doing(checkin, func(w *world) {
 		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 5*time.Second), w.visit(thief, time.Second, 0))
 	}), policy.Later, policy.ReasonUnplaced},
+	{"two senders with one key, seconds apart: waiting settles nothing", doing(flapping, func(w *world) {
+		w.f.Place.Trail = []place.Visit{w.visit(home, 50*time.Hour, 20*time.Second), w.visit(thief, 10*time.Second, 5*time.Second), w.visit(home, time.Second, 0)}
+	}), policy.Hold, policy.AskFlapping},
 	{"there and back and there within minutes: not followed", doing(checkin, func(w *world) {
 		w.f.Place = w.sighting(w.visit(home, 50*time.Hour, 7*time.Minute), w.visit(thief, 6*time.Minute, 5*time.Minute), w.visit(home, 5*time.Minute, 4*time.Minute), w.visit(thief, 3*time.Minute, 0))
 	}), policy.Later, policy.ReasonUnplaced},
@@ -359,6 +362,24 @@ var decisions = []struct {
 		w.again(keywire.Key)
 		w.f.Place = place.Sighting{Boot: bootB, Source: place.SourceWireGuard, Peer: vpnKey, Trail: []place.Visit{w.visit(home, time.Minute, 0)}}
 	}), policy.Hold, policy.AskAbsence},
+
+	{"the key server's clock was days ahead when the appliance was last heard, and was put right by a restart", doing(func(w *world) {
+		w.now.Wall = w.now.Wall.Add(78 * time.Hour)
+		w.again(keywire.CheckIn)
+		w.must(policy.Grant)
+		w.pass(97 * time.Hour)
+		w.now = moment.Moment{Wall: w.now.Wall.Add(-78 * time.Hour), Boot: bootB, Up: time.Hour}
+		w.again(keywire.Key)
+		w.f.Place = place.Sighting{Boot: bootB, Source: place.SourceWireGuard, Peer: vpnKey, Trail: []place.Visit{w.visit(home, time.Minute, 0)}}
+	}), policy.Hold, policy.AskAbsence},
+	{"an expectation given while the clock was days ahead, which a restart put right", doing(func(w *world) {
+		w.now.Wall = w.now.Wall.Add(78 * time.Hour)
+		w.expect(24 * time.Hour)
+		w.pass(80 * time.Hour)
+		w.now = moment.Moment{Wall: w.now.Wall.Add(-78 * time.Hour), Boot: bootB, Up: time.Hour}
+		w.again(keywire.Key)
+		w.f.Place = place.Sighting{Boot: bootB, Source: place.SourceWireGuard, Peer: vpnKey, Trail: []place.Visit{w.visit(thief, time.Minute, 0)}}
+	}), policy.Hold, policy.AskPlace},
 
 	// What it says of itself.
 	{"another board", doing(otherBoard), policy.Hold, policy.AskSerial},
