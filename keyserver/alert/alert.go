@@ -72,9 +72,11 @@ const (
 const (
 	pollInterval = 2 * time.Second
 	saveInterval = 5 * time.Second
-	maxField     = 200 // runes
-	maxNext      = 8
-	maxState     = 8 << 20
+	// blockedFor is how long a disk that took nothing is left alone.
+	blockedFor = time.Minute
+	maxField   = 200 // runes
+	maxNext    = 8
+	maxState   = 8 << 20
 )
 
 // Config is what Alerts is made of.
@@ -102,6 +104,7 @@ type Alerts struct {
 
 	courier *courier.Courier // Run's own
 	saved   time.Time        // Run's own
+	blocked time.Time        // Run's own: the disk took nothing; not before
 }
 
 // state is what is on the disk.
@@ -234,7 +237,7 @@ func (a *Alerts) Run(ctx context.Context) error {
 				continue
 			}
 		}
-		a.saved = time.Time{}
+		a.saved, a.blocked = time.Time{}, time.Time{}
 		a.queue()
 		return err
 	}
@@ -266,6 +269,9 @@ func (a *Alerts) settle() {
 // first: a crash in between mails one twice, the other order would lose it.
 func (a *Alerts) queue() {
 	now := a.c.Now()
+	if wait := a.blocked.Sub(now); wait > 0 && wait <= blockedFor {
+		return
+	}
 	a.mu.Lock()
 	events := a.out
 	a.out = nil
@@ -301,6 +307,12 @@ func (a *Alerts) queue() {
 	}
 	if err != nil {
 		a.c.Log.Error("what was mailed is not saved", "err", err)
+		a.mu.Lock()
+		a.dirty = true
+		a.mu.Unlock()
+	}
+	if err != nil || len(failed) > 0 || len(lines) > 0 && !summarised {
+		a.blocked = now.Add(blockedFor)
 	}
 }
 
