@@ -291,7 +291,14 @@ func TestCreateRefuses(t *testing.T) {
 	if _, err := Create(o); err == nil || !strings.Contains(err.Error(), "no bundle") {
 		t.Errorf("a folder of somebody's own was replaced: %v", err)
 	}
+	o.To = "/dev/shm" // where something is mounted, everywhere
+	if _, err := Create(o); err == nil || !strings.Contains(err.Error(), "a disk is mounted there") {
+		t.Errorf("onto a mount point: %v", err)
+	}
 	o.To = filepath.Join(h.dir, "again")
+	// What an attempt that was killed has left, keys and all.
+	write(t, filepath.Join(h.dir, ".again.new-123/disks/x.recovery.key"), []byte("key"))
+	write(t, filepath.Join(h.dir, ".again.new-123.old/disks/x.recovery.key"), []byte("key"))
 	for range 3 {
 		_, err := Create(o)
 		check(t, err)

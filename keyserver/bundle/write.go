@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"farkeep/shared/atomicfile"
@@ -30,18 +31,23 @@ func (c *Contents) writeFolder(folder string, replace bool) (err error) {
 
 // inPlaceOf fills a new folder and puts it where folder shall be.
 func inPlaceOf(folder string, replace bool, fill func(new string) error) (err error) {
-	folder = filepath.Clean(folder)
-	parent := filepath.Dir(folder)
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("write %s: %w", folder, err)
 		}
 	}()
+	if folder, err = filepath.Abs(folder); err != nil {
+		return err
+	}
+	parent := filepath.Dir(folder)
 	switch entries, err := os.ReadDir(folder); {
 	case errors.Is(err, fs.ErrNotExist):
 		replace = false
 	case err != nil:
 		return err
+	case device(folder) != device(parent):
+		// The keys would be written beside it, onto another disk.
+		return hint.Because(errors.New("a disk is mounted there"), "name a new folder on it: %s", filepath.Join(folder, Folder))
 	case len(entries) == 0:
 		replace = false
 	case !replace:
@@ -49,7 +55,8 @@ func inPlaceOf(folder string, replace bool, fill func(new string) error) (err er
 	case !isBundleFolder(folder):
 		return hint.Because(errors.New("what is there is no bundle"), "it is not replaced: name another folder")
 	}
-	new, err := os.MkdirTemp(parent, "."+filepath.Base(folder)+".new-")
+	temporary := "." + filepath.Base(folder) + ".new-"
+	new, err := os.MkdirTemp(parent, temporary)
 	if err != nil {
 		return err
 	}
@@ -68,16 +75,33 @@ func inPlaceOf(folder string, replace bool, fill func(new string) error) (err er
 		if err := os.Rename(new, folder); err != nil {
 			return errors.Join(err, os.Rename(old, folder))
 		}
-		if err := atomicfile.SyncDir(parent); err != nil {
+	} else {
+		if err := os.Remove(folder); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		return os.RemoveAll(old)
+		if err := os.Rename(new, folder); err != nil {
+			return err
+		}
 	}
-	if err := os.Remove(folder); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := atomicfile.SyncDir(parent); err != nil {
 		return err
 	}
-	if err := os.Rename(new, folder); err != nil {
+	return sweep(parent, temporary)
+}
+
+// sweep removes what attempts that were killed have left beside the folder, the older
+// bundle included: it holds keys, and something better stands in its place now.
+func sweep(parent, temporary string) error {
+	entries, err := os.ReadDir(parent)
+	if err != nil {
 		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() && strings.HasPrefix(e.Name(), temporary) {
+			if err := os.RemoveAll(filepath.Join(parent, e.Name())); err != nil {
+				return err
+			}
+		}
 	}
 	return atomicfile.SyncDir(parent)
 }
