@@ -122,8 +122,8 @@ type System interface {
 	Unlock(ctx context.Context, dev Device, tokens map[string]keywire.Token, refused []string) (unlock.Result, error)
 	// Consent asks the key servers once.
 	Consent(ctx context.Context, r consent.Round) (consent.Result, error)
-	// Check repairs what e2fsck repairs unasked; full looks at everything, even
-	// if the file system says that it is clean.
+	// Check repairs what e2fsck repairs unasked, and what leaves nothing to choose;
+	// full looks at everything, even if the file system says that it is clean.
 	Check(ctx context.Context, node string, full bool) error
 	// NeedsCheck says what care the file system wants before it is mounted, and
 	// why. now is zero while the clock is unset.

@@ -62,6 +62,7 @@ type lease struct {
 	barred   string        // "" or why the disk may not be open: status.DarkRefused, DarkExpired
 	unnoted  bool          // a bar that Book does not know of yet
 	askAt    time.Duration // by Boottime: the next check-in
+	askedAt  time.Duration // by Boottime: the last round
 	tries    int           // rounds since something changed
 	unheard  bool          // the last round had a server that was silent
 	toldDark bool          // "dark" was sent at least once for this bar
@@ -321,7 +322,7 @@ func (d *Disk) heard(r consent.Round, got consent.Result) {
 	refusing := d.cfg.Book.Refusing()
 	d.mu.Lock()
 	now := d.cfg.Boottime()
-	d.unheard = silent
+	d.unheard, d.askedAt = silent, now
 	d.toldDark = d.toldDark || len(r.Dark) > 0
 	d.tries++
 	switch {

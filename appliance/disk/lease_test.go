@@ -116,6 +116,25 @@ func TestRefusedWhileOpen(t *testing.T) {
 	})
 }
 
+// A barred disk that is woken all day asks no more often than it must.
+func TestWokenAllDay(t *testing.T) {
+	m := newMachine()
+	run(t, m, settings.Window{}, func(t *testing.T, d *Disk) {
+		d.Wake()
+		opened(t, m, d)
+		m.set(func() { m.servers["a"].refuses = true })
+		after(6 * time.Minute)
+		before := m.asked("a")
+		for range 600 {
+			d.Wake()
+			after(time.Second)
+		}
+		if n := m.asked("a") - before; n > 125 {
+			t.Errorf("asked %d times in ten minutes", n)
+		}
+	})
+}
+
 // Whoever allowed it again wakes it and does not wait.
 func TestAllowedAndWoken(t *testing.T) {
 	m := newMachine()
@@ -127,7 +146,7 @@ func TestAllowedAndWoken(t *testing.T) {
 		want(t, d, status.DiskOff)
 		m.set(func() { m.servers["a"].refuses = false })
 		d.Wake()
-		after(5 * time.Second)
+		after(12 * time.Second)
 		want(t, d, status.DiskMounted)
 	})
 }
@@ -456,7 +475,7 @@ func TestHeldAfterARefusal(t *testing.T) {
 		}
 		m.set(func() { m.unlockResult = unlock.Result{OK: true, Minor: 7}; m.servers["a"].heldKey = false })
 		d.Wake()
-		after(10 * time.Second)
+		after(12 * time.Second)
 		if s := want(t, d, status.DiskMounted); s.Dark != "" || len(s.Refused) != 0 {
 			t.Errorf("%+v", s)
 		}
@@ -485,7 +504,7 @@ func TestApprovedAfterARefusal(t *testing.T) {
 		}
 		m.set(func() { m.servers["a"].approved = true })
 		d.Wake()
-		after(10 * time.Second)
+		after(12 * time.Second)
 		if s := want(t, d, status.DiskMounted); len(s.Refused) != 0 {
 			t.Errorf("%+v", s)
 		}

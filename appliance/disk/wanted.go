@@ -71,7 +71,8 @@ func (d *Disk) Wake() status.Disk {
 		d.wakeUntil = now.Add(max(wakePatience, d.cfg.IdleClose))
 	}
 	if d.barred != "" {
-		d.askAt = 0 // whoever wakes it may just have allowed it again
+		// Whoever wakes it may just have allowed it again, or wake it all day.
+		d.askAt = min(d.askAt, d.askedAt+askFirst)
 	}
 	s := d.snapshotLocked()
 	d.mu.Unlock()
