@@ -361,7 +361,12 @@ cryptsetup close to
 		for _, r := range h.repositories {
 			_, err := w.r.Sums(t.Context(), r.name, work)
 			must(t, err)
-			must(t, w.r.Extract(t.Context()))
+			if r.encryption == "none" {
+				// Borg starts slowly here, and has shown its list and its check twice.
+				must(t, w.r.Steps(t.Context(), "copy", "borg-keys", "borg-archive", "borg-extract"))
+			} else {
+				must(t, w.r.Extract(t.Context()))
+			}
 			w.restored(t, r)
 		}
 		must(t, w.r.Steps(t.Context(), "close"))
@@ -377,7 +382,7 @@ cryptsetup close to
 			_, err := w.r.Sums(t.Context(), r.name, work)
 			must(t, err)
 		}
-		must(t, w.r.Steps(t.Context(), "layer", "borg-keys", "borg-list", "borg-archive", "borg-extract"))
+		must(t, w.r.Steps(t.Context(), "layer", "borg-keys", "borg-archive", "borg-extract"))
 		w.restored(t, h.repositories[2])
 		must(t, w.r.Steps(t.Context(), "close", "header-keep", "header-restore"))
 		must(t, w.r.Open(t.Context(), d))
@@ -408,7 +413,7 @@ cryptsetup close to
 		must(t, w.r.Open(t.Context(), d))
 		_, err = w.r.Sums(t.Context(), "photos", work)
 		must(t, err)
-		must(t, w.r.Steps(t.Context(), "copy", "borg-keys", "borg-list", "borg-archive", "borg-extract"))
+		must(t, w.r.Steps(t.Context(), "copy", "borg-keys", "borg-archive", "borg-extract"))
 		w.restored(t, h.repositories[0])
 		must(t, w.r.Steps(t.Context(), "close"))
 	})
@@ -437,7 +442,7 @@ cryptsetup close to
 		w.type_(t, work+"/borg-paper.txt", key[1]+"\n")
 		_, err = w.r.Step(t.Context(), "choose-borg-paper", drill.Values{"BORGPAPER": work + "/borg-paper.txt"})
 		must(t, err)
-		must(t, w.r.Steps(t.Context(), "borg-paper", "borg-list", "borg-archive", "borg-extract"))
+		must(t, w.r.Steps(t.Context(), "borg-paper", "borg-archive", "borg-extract"))
 		w.restored(t, h.repositories[1])
 		must(t, w.r.Steps(t.Context(), "close"))
 	})
