@@ -152,16 +152,24 @@ func readState(path string) (*state, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &state{}
-	if err := json.Unmarshal(data, s); err != nil {
+	s, err := parseState(data)
+	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
+	return s, nil
+}
+
+func parseState(data []byte) (*state, error) {
+	s := &state{}
+	if err := json.Unmarshal(data, s); err != nil {
+		return nil, err
+	}
 	if s.Version != 1 || s.Limit == nil || s.Limit.Pairs == nil || len(s.Limit.Pairs) > 2*maxPairs || len(s.Limit.Mails) > firstsPerDay+repeatsPerDay {
-		return nil, fmt.Errorf("read %s: not what this program wrote", path)
+		return nil, errors.New("not what this program wrote")
 	}
 	for name, p := range s.Limit.Pairs {
-		if p == nil || (p.Count > 0) != (p.Last != nil) {
-			return nil, fmt.Errorf("read %s: %q is incomplete", path, name)
+		if p == nil || (p.Count > 0) != (p.Last != nil) || p.Count < 0 || p.Gap < 0 || p.Gap > lastGap {
+			return nil, fmt.Errorf("%.80q makes no sense", name)
 		}
 	}
 	return s, nil

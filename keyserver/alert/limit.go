@@ -58,7 +58,9 @@ type limiter struct {
 	Mails   []mailed         `json:"mails"`            // of the last day
 	Summary time.Time        `json:"summary,omitzero"` // the last one
 	Seen    time.Time        `json:"seen,omitzero"`    // when this was looked at last
-	Cleaned time.Time        `json:"cleaned,omitzero"` // when all pairs were looked at last
+
+	settled bool      // all pairs were looked at since the start
+	cleaned time.Time // and when
 }
 
 func newLimiter() *limiter { return &limiter{Pairs: map[string]*pair{}} }
@@ -147,12 +149,11 @@ func (l *limiter) count(first bool, appliance string) (all, own int) {
 // clock that was set back has left: they would silence everything until then.
 func (l *limiter) settle(now time.Time) {
 	l.Mails = slices.DeleteFunc(l.Mails, func(m mailed) bool { return now.Sub(m.At) >= window })
-	back := now.Before(l.Seen)
-	if !back && now.Sub(l.Cleaned) < time.Hour {
+	if l.settled && !now.Before(l.Seen) && now.Sub(l.cleaned) < time.Hour {
 		l.Seen = now
 		return
 	}
-	l.Seen, l.Cleaned = now, now
+	l.settled, l.Seen, l.cleaned = true, now, now
 	past := func(t *time.Time) {
 		if t.After(now) {
 			*t = now

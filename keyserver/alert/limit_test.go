@@ -1,6 +1,7 @@
 package alert
 
 import (
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"testing"
@@ -203,4 +204,62 @@ func TestEverythingIsToldOnce(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Whatever of the memory on the disk is believed: what is raised after that is
+// told within two days, and the memory can be written and read again.
+func FuzzState(f *testing.F) {
+	h := newHousehold()
+	h.raise("attic", Held)
+	h.raise("attic", Held)
+	h.raise("", Stranger)
+	seed, err := json.Marshal(state{Version: 1, Serial: 3, Limit: h.l})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(seed)
+	f.Add([]byte(`{"version":1,"limit":{"pairs":{}}}`))
+	f.Add([]byte(`{"version":1,"limit":{"pairs":{"held attic":{"told":"9999-01-01T00:00:00Z","gap":86400000000000}},"summary":"9999-01-01T00:00:00Z","seen":"2020-01-01T00:00:00Z","cleaned":"9999-01-01T00:00:00Z"}}`))
+	f.Add([]byte(`{"version":1,"limit":{"pairs":{"held attic":{"count":2,"since":"2026-03-01T11:00:00Z","last":{"kind":"x","appliance":"y","at":"0001-01-01T00:00:00Z"}}}}}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		s, err := parseState(text)
+		if err != nil {
+			return
+		}
+		h := newHousehold()
+		h.l = s.Limit
+		before := 0
+		if p := h.l.Pairs[pairName("attic", Held)]; p != nil {
+			before = p.Count
+		}
+		if before > 1<<30 {
+			return
+		}
+		told := 0
+		if h.raise("attic", Held) {
+			told++
+		}
+		for range 48 * 6 {
+			h.now = h.now.Add(10 * time.Minute)
+			if lines := h.l.summary(h.now); len(lines) > 0 {
+				composeSummary(lines, "nas")
+				h.l.summarised(lines, h.now)
+				for _, u := range lines {
+					if u.pair == pairName("attic", Held) {
+						told += u.Count
+					}
+				}
+			}
+		}
+		if told != before+1 {
+			t.Errorf("%d of %d events were told", told, before+1)
+		}
+		again, err := json.Marshal(state{Version: 1, Limit: h.l})
+		if err != nil {
+			return // times beyond the year 9999
+		}
+		if _, err := parseState(again); err != nil {
+			t.Errorf("what was written cannot be read: %v", err)
+		}
+	})
 }
