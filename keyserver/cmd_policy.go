@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"time"
 
 	"farkeep/keyserver/moment"
@@ -123,14 +124,16 @@ the tunnel ends). A peer that is gone cannot be told any more: its lease ends it
 				return err
 			}
 			already, err := d.book.Revoke(d.order(name, reason))
+			// Whatever goes wrong here, the others are told and the rest is printed.
 			var unrecorded *orders.Unrecorded
-			if err != nil && !errors.As(err, &unrecorded) {
-				return err
-			}
-			// What could not be written down is an error in the end, and stops nothing.
-			if already {
+			switch {
+			case err != nil && !errors.As(err, &unrecorded):
+				d.say("%s is NOT yet revoked here: see below", name)
+				err = hint.Because(err, "an unreadable state gives no key; move %s away, restart serve, and revoke again",
+					filepath.Join(where.state, "appliances", name+".json"))
+			case already:
 				d.say("%s was revoked already", name)
-			} else {
+			default:
 				d.say("%s is revoked: it gets no key any more", name)
 			}
 			told := d.tellOthers(cmd.Context(), name, reason)

@@ -9,6 +9,7 @@
 package orders
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -46,7 +47,8 @@ type Order struct {
 
 // Revoke gives the appliance nothing any more. known is whether it was revoked
 // already; then the first reason stays, and nothing is written twice. When the
-// error is an *Unrecorded, the appliance is revoked all the same.
+// error is an *Unrecorded, the appliance is revoked all the same. After any other
+// error the order is on record if it could be, and Adopt carries it out.
 func (b *Book) Revoke(o Order) (known bool, err error) {
 	now, err := b.Now()
 	if err != nil {
@@ -59,7 +61,9 @@ func (b *Book) Revoke(o Order) (known bool, err error) {
 		return policy.Revoke(s, o.By, o.Why, now)
 	})
 	if err != nil {
-		return false, fmt.Errorf("revoke %s: %w", o.Appliance, err)
+		// On record all the same: it then counts as soon as the state can be
+		// written, and until then an appliance whose state cannot be read gets nothing.
+		return false, errors.Join(fmt.Errorf("revoke %s: %w", o.Appliance, err), b.record(EventRevoke, o, o.Why))
 	}
 	if known {
 		// The record may be what a crash cost the first time.

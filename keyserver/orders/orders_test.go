@@ -124,6 +124,31 @@ func TestAdoptRevokesAgain(t *testing.T) {
 	}
 }
 
+// A state that cannot be read gives no key, and a revocation of it is not lost.
+func TestRevokeWithADamagedState(t *testing.T) {
+	b := newBook(t, t.TempDir())
+	if _, err := b.Adopt("attic", ""); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(b.Dir, "appliances", "attic.json")
+	if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Revoke(order("stolen")); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("%v", err)
+	}
+	last, err := orders.LastOrders(b.Dir)
+	if err != nil || last["attic"] != orders.EventRevoke {
+		t.Errorf("%v, %v", last, err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := b.Adopt("attic", last["attic"]); err != nil || !again || state(t, b).Standing.State != policy.Revoked {
+		t.Errorf("%v, %v", again, err)
+	}
+}
+
 // On a full disk a revocation counts and says that it is not on record; what opens
 // does not happen.
 func TestOrdersOnAFullDisk(t *testing.T) {

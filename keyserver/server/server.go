@@ -134,7 +134,10 @@ func New(c Config, last map[string]string) (*Server, error) {
 		s.byKey[string(key.Marshal())] = a.Name
 		again, err := book.Adopt(a.Name, last[a.Name])
 		if err != nil {
-			return nil, err
+			// Its requests fail as long as that is so; the others' need not.
+			c.Log.Error("the state of an appliance cannot be read or written: it gets nothing", "appliance", a.Name, "err", err)
+			c.Alert(alert.Event{Kind: alert.StateUnreadable, Appliance: a.Name, Reason: err.Error()})
+			continue
 		}
 		if again {
 			c.Log.Warn("revoked again: the audit log says so and its state did not", "appliance", a.Name)

@@ -443,6 +443,22 @@ func TestDamagedStandingMeansNo(t *testing.T) {
 	f.refused(f.attic, "key "+atticDisk, hint.ExitRefused, policy.ReasonNoStanding)
 }
 
+// One damaged state costs that appliance its key, also over a restart, and no other.
+func TestDamagedStateStopsOneAppliance(t *testing.T) {
+	f := prepare(t)
+	f.check(f.keys.Add(shedDisk, secret.New(bytes.Clone(f.key))))
+	f.check(os.MkdirAll(filepath.Join(f.dir, "appliances"), 0o700))
+	f.check(os.WriteFile(filepath.Join(f.dir, "appliances", "attic.json"), []byte("{"), 0o600))
+	f.start(sshverb.Limits{})
+	if kinds := f.alerts(); !slices.Equal(kinds, []string{alert.StateUnreadable}) {
+		t.Errorf("alerts: %v", kinds)
+	}
+	f.refused(f.attic, "key "+atticDisk, hint.ExitFailure, "attic.json")
+	if out, err := f.ask(f.shed, "key "+shedDisk); err != nil || !bytes.Equal(out, f.key) {
+		t.Error(err)
+	}
+}
+
 func TestLooseKeyFileMeansNo(t *testing.T) {
 	f := prepare(t)
 	f.start(sshverb.Limits{})
