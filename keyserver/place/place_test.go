@@ -483,3 +483,32 @@ func FuzzTable(f *testing.F) {
 		}
 	})
 }
+
+// BenchmarkFile is what a look at 500 peers costs each side.
+func BenchmarkFile(b *testing.B) {
+	r := place.NewRecorder(boot, place.File{}, nil)
+	var file place.File
+	for i := range 4 {
+		var all []place.Observation
+		for n := range 500 {
+			all = append(all, place.Observation{Source: place.SourceWireGuard, Peer: fmt.Sprintf("%044d", n), Allowed: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, byte(n >> 8), byte(n)}), 32)},
+				Endpoint: netip.AddrPortFrom(netip.AddrFrom4([4]byte{84, byte(150 + i%2), 1, 1}), uint16(1000+n)), Received: uint64(i)})
+		}
+		file = r.Observe(time.Duration(i)*time.Second, all)
+	}
+	path := filepath.Join(b.TempDir(), "endpoints.json")
+	b.Run("write", func(b *testing.B) {
+		for b.Loop() {
+			if err := file.Write(path); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("read", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := place.ReadFile(path); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}

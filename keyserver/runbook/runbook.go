@@ -37,6 +37,7 @@ type Book struct {
 	Home         string // name of the Borg server
 	KeyServer    string // name of the first key server
 	VPN          bool   // our own WireGuard
+	Places       bool   // the key server judges where appliances are, by what the VPN says
 	ListenPort   int
 	Endpoints    []string
 }
@@ -77,6 +78,9 @@ func New(s *site.Site, made time.Time) Book {
 	if len(s.KeyServers) > 0 {
 		b.KeyServer = s.KeyServers[0].Name
 	}
+	for _, a := range s.Appliances {
+		b.Places = b.Places || a.KeyPolicy.Place != site.PlaceNone
+	}
 	for _, e := range s.VPN.Endpoints {
 		// A private address is of the house that burned.
 		if at, err := netip.ParseAddrPort(e); err != nil || !at.Addr().IsPrivate() {
@@ -89,6 +93,7 @@ func New(s *site.Site, made time.Time) Book {
 // Example is the book of docs/recovery.md: the fixture's site, and a disk for a Pi 4.
 func Example(s *site.Site) Book {
 	b := New(s, time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC))
+	b.Places = true
 	b.Disks = []Disk{{Appliance: "attic", UUID: "0b6e1f5c-8d1b-4c52-9a57-6a2f0c9d3e11", Cipher: "xchacha20,aes-adiantum-plain64", KeyBits: 256, SectorSize: 4096, DataOffset: 16 << 20}}
 	b.Repositories = []Repository{{"photos", KeyInRepository, true}, {"letters", KeyFile, true}}
 	return b
