@@ -18,13 +18,15 @@ import (
 
 func newCheckCmd(env *Env, where *places) *cobra.Command {
 	var tryMail bool
+	var id identityFlags
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check the configuration and the files, without serving",
 		Long: `Check site.toml, the host key, the keys and their modes, the state and the chain
 of the audit log. Nothing is changed, and nothing is sent but, with --mail, a test mail.`,
 		Example: `  farkeep-keyserver check
-  farkeep-keyserver check --mail`,
+  farkeep-keyserver check --mail
+  farkeep-keyserver check --identity /root/keys.identity`,
 		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			found := 0
@@ -58,6 +60,9 @@ of the audit log. Nothing is changed, and nothing is sent but, with --mail, a te
 			}
 			rows, unclaimed, err := where.rows()
 			if err != nil {
+				complain(err)
+			}
+			if err := checkSealed(env, where, &id); err != nil {
 				complain(err)
 			}
 			for _, r := range rows {
@@ -109,5 +114,6 @@ of the audit log. Nothing is changed, and nothing is sent but, with --mail, a te
 	}
 	where.registerEndpoints(cmd)
 	cmd.Flags().BoolVar(&tryMail, "mail", false, "send a test mail and say whether the provider takes it")
+	id.register(cmd)
 	return cmd
 }

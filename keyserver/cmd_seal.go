@@ -235,3 +235,47 @@ func needIdentity(keys *keystore.Store, id *seal.Identity) error {
 	}
 	return keys.Use(id)
 }
+
+// checkSealed says for whom the keys are sealed, and tries that each opens where an
+// identity is named.
+func checkSealed(env *Env, where *places, id *identityFlags) error {
+	keys, err := where.openKeys()
+	if err != nil {
+		return nil // said already
+	}
+	r, sealed, err := keys.Recipients()
+	if err != nil {
+		return err
+	}
+	opener, err := id.load(env)
+	if err == nil && opener != nil {
+		err = keys.Use(opener)
+	}
+	if err != nil || !sealed {
+		return err
+	}
+	entries, _, err := keys.List()
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(env.Stdout, "keys: sealed for %s\n", strings.Join(r.Names(), ", "))
+	var failed []error
+	for _, e := range entries {
+		switch {
+		case e.Err != nil: // said already
+		case !e.Sealed:
+			failed = append(failed, hint.Because(fmt.Errorf("the key of %s lies in clear in a sealed store", e.UUID), "run farkeep-keyserver seal again: it goes on where it was cut off"))
+		case opener != nil:
+			k, err := keys.Get(e.UUID)
+			if err != nil {
+				failed = append(failed, err)
+				continue
+			}
+			k.Release()
+		}
+	}
+	if opener == nil {
+		fmt.Fprintln(env.Stdout, "note: whether they open was not tried: --identity FILE")
+	}
+	return errors.Join(failed...)
+}

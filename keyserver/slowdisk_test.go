@@ -25,12 +25,11 @@ func slowFolder(t testing.TB, path string, flush time.Duration) {
 	d := &slowDisk{asks: make(chan chan struct{})}
 	ctx, stop := context.WithCancel(context.Background())
 	go d.spin(ctx, flush)
-	root := &fs.LoopbackRoot{Path: behind}
-	root.NewNode = func(data *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
-		return &slowNode{LoopbackNode: fs.LoopbackNode{RootData: data}, disk: d}
+	root, err := fs.NewLoopbackRoot(behind)
+	if err != nil {
+		t.Fatal(err)
 	}
-	top := root.NewNode(root, nil, "", nil)
-	root.RootNode = top
+	top := &slowNode{LoopbackNode: root.(*fs.LoopbackNode), disk: d}
 	server, err := fs.Mount(path, top, &fs.Options{MountOptions: fuse.MountOptions{DirectMountStrict: true, FsName: "slow disk", Name: "slow"}})
 	if err != nil {
 		t.Fatalf("mount a slow disk (needs root and /dev/fuse): %v", err)
@@ -70,8 +69,13 @@ func (d *slowDisk) spin(ctx context.Context, flush time.Duration) {
 }
 
 type slowNode struct {
-	fs.LoopbackNode
+	*fs.LoopbackNode
 	disk *slowDisk
+}
+
+// WrapChild implements fs.NodeWrapChilder.
+func (n *slowNode) WrapChild(_ context.Context, ops fs.InodeEmbedder) fs.InodeEmbedder {
+	return &slowNode{LoopbackNode: ops.(*fs.LoopbackNode), disk: n.disk}
 }
 
 // Fsync implements fs.NodeFsyncer, for files and folders.

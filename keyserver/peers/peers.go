@@ -238,12 +238,31 @@ func (p *Peers) send(ctx context.Context, client *sshverb.Client, o Order) error
 // the command line queues within Config.Poll, and what failed after a growing,
 // jittered wait.
 func (p *Peers) Run(ctx context.Context) {
+	p.dropStrangers()
 	var wait sync.WaitGroup
 	for _, o := range p.peers {
 		wait.Go(func() { p.attend(ctx, o) })
 	}
 	<-ctx.Done() // also where there is nobody to deliver to
 	wait.Wait()
+}
+
+// dropStrangers removes what is pending for key servers that site.toml no longer
+// has: nobody will ever take it.
+func (p *Peers) dropStrangers() {
+	all, err := p.Pending()
+	if err != nil {
+		return // attend says so
+	}
+	for _, one := range all {
+		if _, known := p.poke[one.Peer]; known {
+			continue
+		}
+		p.c.Log.Warn("a revocation was pending for a key server that the site no longer has", "key_server", one.Peer, "appliance", one.Order.Appliance)
+		if err := p.queue.note(one, true, nil, p.c.Now()); err != nil {
+			p.c.Log.Error("the queue of revocations is not up to date", "key_server", one.Peer, "err", err)
+		}
+	}
 }
 
 // attend delivers to one peer.

@@ -317,6 +317,31 @@ func TestWithdraw(t *testing.T) {
 	}
 }
 
+// What is pending for a key server that is no longer in site.toml goes, and the rest stays.
+func TestRemovedPeer(t *testing.T) {
+	nodes := newSite(t, []string{"one", "two", "gone"}, nil)
+	one := nodes[0]
+	for _, n := range nodes[1:] {
+		n.listener.Close()
+	}
+	if err := one.peers.Queue(order("attic")); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	one.peers, err = peers.New(peers.Config{
+		Servers: []site.KeyServer{
+			{Name: "one", Address: "127.0.0.1:1", HostKey: identity.Line(one.key.PublicKey(), "")},
+			{Name: "two", Address: nodes[1].listener.Addr().String(), HostKey: identity.Line(nodes[1].key.PublicKey(), "")},
+		},
+		HostKey: one.key, State: one.state, Log: quiet(t), Now: time.Now,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	one.run(t)
+	eventually(t, "what nobody will take goes", func() bool { return slices.Equal(pending(t, one), []string{"two attic"}) })
+}
+
 // A key server that refuses, or that does not know the appliance, has not taken the order.
 func TestRefusedIsNotTaken(t *testing.T) {
 	nodes := newSite(t, []string{"one", "two"}, nil)
