@@ -84,7 +84,8 @@ func Allow(s State, by, why string, at moment.Moment) (State, error) {
 }
 
 // Expect approves one move beforehand: until then, one request from another
-// place, after a silence or with a token that does not match is let through.
+// place, after a silence, from another board or with a token that does not match
+// is let through.
 func Expect(s State, until time.Time, by, why string, at moment.Moment) (State, error) {
 	if err := reason(by, why); err != nil {
 		return s, err

@@ -387,13 +387,16 @@ func (j *judgement) approved(w whereabouts, asks []string) bool {
 	return true
 }
 
-// announced reports whether a person said beforehand that the appliance would move.
+// announced reports whether a person said beforehand that the appliance would move,
+// with a new card or on a new board too.
 func (j *judgement) announced(asks []string) bool {
 	e := j.next.Expected
 	if e == nil || !j.lasts(e.Given, e.Earliest, e.For) {
 		return false
 	}
-	return !slices.ContainsFunc(asks, func(ask string) bool { return ask != AskToken && ask != AskPlace && ask != AskAbsence })
+	return !slices.ContainsFunc(asks, func(ask string) bool {
+		return ask != AskToken && ask != AskPlace && ask != AskAbsence && ask != AskSerial
+	})
 }
 
 // lasts reports whether an order that lasts for d still counts.
