@@ -250,6 +250,17 @@ func TestReplacing(t *testing.T) {
 			r.opens(r.token)
 		})
 	})
+	t.Run("a laptop that was stolen", func(t *testing.T) {
+		with(t, func(r *replacing) {
+			r.sh("cp -p my-site/operator/" + r.uuid + ".recovery.key stolen.recovery.key && rm my-site/keyserver-borg/keys/*.old")
+			r.steps([]string{"UUID=" + r.uuid}, "laptop-recovery", "rekey", "rekey-server")
+			r.sh("cryptsetup open --test-passphrase --key-file my-site/operator/" + r.uuid + ".recovery.key dev/sdb")
+			if out, err := r.try("cryptsetup open --test-passphrase --key-file stolen.recovery.key dev/sdb"); err == nil {
+				t.Errorf("the stolen recovery key opens the disk: %s", out)
+			}
+			r.opens(r.token)
+		})
+	})
 	t.Run("a key server that moves", func(t *testing.T) {
 		with(t, func(r *replacing) {
 			r.steps(nil, "server-move")
