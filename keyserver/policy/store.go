@@ -24,11 +24,8 @@ type Store struct{ dir string }
 // Open names the folder. What is needed in it is made when something is first written.
 func Open(dir string) *Store { return &Store{dir: filepath.Join(dir, "appliances")} }
 
-const (
-	// lockWait bounds how long Update waits for another process.
-	lockWait = 10 * time.Second
-	lockPoll = 5 * time.Millisecond
-)
+// lockWait bounds how long Update waits for another process.
+const lockWait = 30 * time.Second
 
 // Read returns what is remembered about an appliance; with nothing on file, a
 // state that holds its name and no standing.
@@ -105,14 +102,27 @@ func (s *Store) lock(name string) (unlock func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock the state of %s: %w", name, err)
 	}
-	for deadline := time.Now().Add(lockWait); ; time.Sleep(lockPoll) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(deadline) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", path, err)
+	taken := make(chan error, 1)
+	go func() { taken <- flock(int(f.Fd())) }() // the kernel lets waiters in one after the other
+	patience := time.NewTimer(lockWait)
+	defer patience.Stop()
+	select {
+	case err = <-taken:
+	case <-patience.C:
+		go func() { <-taken; f.Close() }()
+		return nil, fmt.Errorf("lock %s: another process has held it for %v", path, lockWait)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+func flock(fd int) error {
+	for {
+		if err := unix.Flock(fd, unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			return err
 		}
 	}
 }
