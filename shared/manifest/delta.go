@@ -169,15 +169,6 @@ func ApplyDelta(w io.Writer, delta io.Reader, open func(digest Sum) (io.ReadClos
 			if err != nil {
 				return Summary{}, bad(unexpected(err))
 			}
-		default:
-			r.path = r.path[:0]
-			e, err := r.entry(Kind(tag))
-			if err == nil {
-				err = out.Add(e)
-			}
-			if err != nil {
-				return Summary{}, bad(unexpected(err))
-			}
 		case tagLast:
 			if _, err := r.readByte(); !errors.Is(err, io.EOF) {
 				return Summary{}, bad(errors.New("bytes after the end"))
@@ -192,6 +183,15 @@ func ApplyDelta(w io.Writer, delta io.Reader, open func(digest Sum) (io.ReadClos
 				return Summary{}, bad(errors.New("the old manifest has other bytes"))
 			}
 			return out.Close()
+		default:
+			r.path = r.path[:0]
+			e, err := r.entry(Kind(tag))
+			if err == nil {
+				err = out.Add(e)
+			}
+			if err != nil {
+				return Summary{}, bad(unexpected(err))
+			}
 		}
 	}
 }
