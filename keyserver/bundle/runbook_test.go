@@ -294,7 +294,7 @@ func codesOf(t *testing.T, page []byte) (texts []string) {
 // bit, a mistyped line is named, Borg takes its key, and the volume key is the one that
 // the kernel would have.
 func TestPaper(t *testing.T) {
-	h := newHome(t, "letters=keyfile-blake2", "photos=repokey")
+	h := newHome(t, "letters=keyfile-blake2")
 	path, r := h.create(t, Paper, "paper")
 	if entries, err := os.ReadDir(path); err != nil || len(entries) != 2 {
 		t.Errorf("%v, %v", entries, err)
