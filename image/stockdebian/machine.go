@@ -135,9 +135,25 @@ func Boot(ctx context.Context, c Config) (_ *Machine, err error) {
 	if mark != "ready" {
 		return nil, fmt.Errorf("boot a stock Debian: its shell says %q: %s", mark, out)
 	}
+	if c.Network {
+		if out, err := m.Run(ctx, network); err != nil {
+			return nil, fmt.Errorf("set up the network of a stock Debian: %w: %s", err, out)
+		}
+	}
 	m.Booted = time.Since(begin)
 	return m, nil
 }
+
+// network does what a desktop's network manager would; the card's name depends on
+// the slot that QEMU gives it.
+const network = `modprobe virtio_net
+udevadm settle
+for nic in /sys/class/net/e*; do
+	ip link set "${nic##*/}" up
+	ip address add 10.0.2.15/24 dev "${nic##*/}"
+done
+ip route add default via 10.0.2.2
+`
 
 // arguments are QEMU's. The sockets are descriptors 3 (terminal) and 4 (commands).
 func arguments(c Config) []string {
@@ -166,15 +182,15 @@ func arguments(c Config) []string {
 		put(d.Path, d.Serial, d.Keep)
 	}
 	if c.Network {
-		network := "user,id=net"
+		card := "user,id=net"
 		for _, f := range c.Forward {
 			protocol := "tcp"
 			if f.UDP {
 				protocol = "udp"
 			}
-			network += fmt.Sprintf(",hostfwd=%s:127.0.0.1:%d-:%d", protocol, f.HostPort, f.GuestPort)
+			card += fmt.Sprintf(",hostfwd=%s:127.0.0.1:%d-:%d", protocol, f.HostPort, f.GuestPort)
 		}
-		args = append(args, "-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=")
+		args = append(args, "-netdev", card, "-device", "virtio-net-pci,netdev=net,romfile=")
 	} else {
 		args = append(args, "-nic", "none")
 	}
