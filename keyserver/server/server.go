@@ -267,7 +267,7 @@ func (s *Server) answer(ctx context.Context, session *sshverb.Session, a site.Ap
 	}
 	leave := sync.OnceFunc(func() { <-s.desk })
 	defer leave()
-	o, err := s.decide(a, r, from, seen)
+	o, err := s.decide(ctx, a, r, from, seen)
 	defer o.release()
 	record.Decision, record.Reason = o.verdict(), o.decision.Reason
 	record.Place, record.Waiting, record.Claims = o.place.String(), o.decision.Waiting, r.Claims.String()
@@ -350,13 +350,18 @@ func (o *outcome) verdict() string {
 // decide judges a request and makes the state that follows durable. Two requests
 // of one appliance are judged one after the other, also by two processes: a grant
 // counts before the next is judged.
-func (s *Server) decide(a site.Appliance, r keywire.Request, from netip.Addr, seen place.Sighting) (*outcome, error) {
+func (s *Server) decide(ctx context.Context, a site.Appliance, r keywire.Request, from netip.Addr, seen place.Sighting) (*outcome, error) {
 	o := &outcome{place: seen}
 	now, err := s.c.Moment()
 	if err != nil {
 		return o, err
 	}
 	err = s.c.Policy.Update(a.Name, func(before policy.State) (policy.State, error) {
+		// Who gave up waiting may have asked again since, with a newer token: this one
+		// would look like a copied card's.
+		if err := ctx.Err(); err != nil {
+			return before, err
+		}
 		o.before = before
 		o.decision = policy.Decide(a, before, policy.Facts{Request: r, From: from, Place: o.place, Now: now, NewToken: keywire.NewToken()})
 		o.after = o.decision.Next

@@ -34,6 +34,7 @@ import (
 	"farkeep/shared/site"
 	"farkeep/shared/sshverb"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 )
@@ -66,6 +67,8 @@ type fixture struct {
 	seen  []server.Observation
 	where map[string]place.Sighting // by appliance
 	voids map[string]bool           // by appliance
+	hold  func(context.Context)     // called while a request waits for its place; nil: nothing
+	heard chan server.Observation   // told of each request; nil: nobody
 }
 
 type logBuffer struct {
@@ -91,7 +94,10 @@ func (f *fixture) moment() (moment.Moment, error) {
 	return moment.Moment{Wall: now, Boot: strings.Repeat("0b", 16), Up: time.Duration(now.UnixNano())}, nil
 }
 
-func (f *fixture) place(_ context.Context, a site.Appliance, _ netip.Addr) place.Sighting {
+func (f *fixture) place(ctx context.Context, a site.Appliance, _ netip.Addr) place.Sighting {
+	if f.hold != nil {
+		f.hold(ctx)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.where[a.Name]
@@ -118,6 +124,9 @@ func (f *fixture) observe(o server.Observation) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.seen = append(f.seen, o)
+	if f.heard != nil {
+		f.heard <- o
+	}
 }
 
 func (f *fixture) void(name, _ string) (bool, error) {
@@ -397,6 +406,35 @@ func TestRefusalsLookAlike(t *testing.T) {
 		if !errors.As(err, &told) || told.Text != "refused" || told.Hint != "" || told.Code != hint.ExitRefused {
 			t.Errorf("the peer learns %v", err)
 		}
+	}
+}
+
+// An appliance that gave up waiting has asked again by then, and shown a newer
+// token: what it gave up is not judged any more.
+func TestGivenUp(t *testing.T) {
+	f := prepare(t)
+	waits := make(chan struct{})
+	f.heard = make(chan server.Observation, 1)
+	f.hold = func(ctx context.Context) {
+		close(waits)
+		<-ctx.Done()
+	}
+	f.start(sshverb.Limits{})
+	before, err := f.policies.Read("attic")
+	f.check(err)
+	c, err := f.dial(f.attic)
+	f.check(err)
+	_, err = c.Start(t.Context(), "key "+atticDisk)
+	f.check(err)
+	<-waits
+	c.Close()
+	if o := <-f.heard; o.Verdict != "failed" {
+		t.Errorf("it was %s", o.Verdict)
+	}
+	after, err := f.policies.Read("attic")
+	f.check(err)
+	if d := cmp.Diff(before, after); d != "" {
+		t.Errorf("something was counted: -before +after\n%s", d)
 	}
 }
 
