@@ -131,7 +131,7 @@ func Start(ctx context.Context, cfg Config) (*Pi, error) {
 		return nil, ErrNoEmulator
 	}
 	if !cfg.Concurrent {
-		if p.release, err = turn(ctx, lockPath(), cfg.Patience, p.log); err != nil {
+		if p.release, err = turn(ctx, lockPaths(), cfg.Patience, p.log); err != nil {
 			return nil, err
 		}
 	}

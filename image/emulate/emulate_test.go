@@ -223,14 +223,20 @@ func TestArguments(t *testing.T) {
 }
 
 func TestTurn(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "lock")
+	dir := t.TempDir()
+	path := []string{filepath.Join(dir, "lock"), filepath.Join(dir, "lock-1")}
 	log := slog.New(slog.DiscardHandler)
 	first, err := turn(t.Context(), path, time.Second, log)
 	if err != nil {
 		t.Fatal(err)
 	}
+	other, err := turn(t.Context(), path, time.Second, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other()
 	if _, err := turn(t.Context(), path, 0, log); err == nil || !strings.Contains(err.Error(), "another emulated machine") {
-		t.Errorf("two at a time: %v", err)
+		t.Errorf("three in two places: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
@@ -245,10 +251,10 @@ func TestTurn(t *testing.T) {
 	second()
 	// A link in a folder that everybody may write to leads nowhere.
 	link := filepath.Join(t.TempDir(), "link")
-	if err := os.Symlink(path, link); err != nil {
+	if err := os.Symlink(path[0], link); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := turn(t.Context(), link, 0, log); err == nil {
+	if _, err := turn(t.Context(), []string{link}, 0, log); err == nil {
 		t.Error("followed a symbolic link")
 	}
 }

@@ -8,52 +8,62 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Turn waits, for as long as patience says, until no other emulated machine runs on this host, and returns the
-// function that gives the turn back. It is for machines that other packages start; Start takes its own.
+// Turn waits, for as long as patience says, until there is a CPU for one more emulated machine on this host, and
+// returns the function that gives the turn back. It is for machines that other packages start; Start takes its own.
 func Turn(ctx context.Context, patience time.Duration, log *slog.Logger) (func(), error) {
-	return turn(ctx, lockPath(), patience, log)
+	return turn(ctx, lockPaths(), patience, log)
 }
 
-// turn waits until no other emulated machine runs on this host, and returns the function that gives the turn
-// back.
+// turn waits until one of the locks is free, and returns the function that gives it back.
 //
-// Without a hardware accelerator an emulated machine takes a whole CPU and more. Two at a time slow each
-// other until time limits inside the guests strike (USB enumeration, DHCP, watchdog), and a test fails
-// for no reason of its own. "go test" runs packages side by side, so the packages cannot arrange it among
+// Without a hardware accelerator an emulated machine takes a whole CPU. More machines than CPUs slow each other
+// until time limits inside the guests strike (USB enumeration, DHCP, watchdog), and a test fails for no
+// reason of its own. "go test" runs packages side by side, so the packages cannot arrange it among
 // themselves. The kernel drops the lock of a process that dies.
-func turn(ctx context.Context, path string, patience time.Duration, log *slog.Logger) (func(), error) {
+func turn(ctx context.Context, paths []string, patience time.Duration, log *slog.Logger) (func(), error) {
+	deadline := time.Now().Add(patience)
+	for told := false; ; told = true {
+		for _, path := range paths {
+			release, err := tryLock(path)
+			if err != nil || release != nil {
+				return release, err
+			}
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("another emulated machine on this host did not end within %s (it holds %s)", patience, paths[0])
+		}
+		if !told {
+			log.Info("waiting for another emulated machine on this host to end", "lock", paths[0])
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for another emulated machine to end: %w", ctx.Err())
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// tryLock takes a lock, if it is free.
+func tryLock(path string) (release func(), err error) {
 	f, err := openLock(path)
 	if err != nil {
 		return nil, err
 	}
-	deadline := time.Now().Add(patience)
-	for told := false; ; told = true {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", path, err)
-		}
-		if time.Now().After(deadline) {
-			f.Close()
-			return nil, fmt.Errorf("another emulated machine on this host did not end within %s (it holds %s)", patience, path)
-		}
-		if !told {
-			log.Info("waiting for another emulated machine on this host to end", "lock", path)
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("wait for another emulated machine to end: %w", ctx.Err())
-		case <-time.After(100 * time.Millisecond):
-		}
+	switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err {
+	case nil:
+		return func() { f.Close() }, nil
+	case unix.EWOULDBLOCK, unix.EINTR:
+		f.Close()
+		return nil, nil
+	default:
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
 }
 
@@ -70,4 +80,11 @@ func openLock(path string) (*os.File, error) {
 	return f, nil
 }
 
-func lockPath() string { return filepath.Join(os.TempDir(), "farkeep-emulate.lock") }
+// lockPaths has a lock for each CPU.
+func lockPaths() []string {
+	paths := []string{filepath.Join(os.TempDir(), "farkeep-emulate.lock")}
+	for i := 1; i < runtime.NumCPU(); i++ {
+		paths = append(paths, filepath.Join(os.TempDir(), fmt.Sprintf("farkeep-emulate-%d.lock", i)))
+	}
+	return paths
+}
