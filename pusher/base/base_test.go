@@ -493,4 +493,5 @@ func BenchmarkPlan(b *testing.B) {
 			b.Fatal("no plan")
 		}
 	}
+	b.ReportMetric(float64(info.Size())/1e6, "MB-notes")
 }
