@@ -507,6 +507,9 @@ func (p *Pi) DumpMemory(ctx context.Context, path string) error {
 	return nil
 }
 
+// quitPatience is how long a machine that did not answer "quit" may take to end all the same.
+const quitPatience = 5 * time.Second
+
 // CutPower stops the machine in the middle of whatever it does, and returns when it is off and another
 // can be started. It does nothing if the machine is off already.
 func (p *Pi) CutPower() error {
@@ -519,7 +522,10 @@ func (p *Pi) CutPower() error {
 // guest is not asked, as a Pi without a power button is not. When ctx ends first, the power is cut.
 func (p *Pi) PowerOff(ctx context.Context) error {
 	if err := p.current().qmp.Execute(ctx, "quit", nil, nil); err != nil {
-		return p.CutPower()
+		// It may have gone before its answer was read.
+		patience, cancel := context.WithTimeout(ctx, quitPatience)
+		defer cancel()
+		ctx = patience
 	}
 	select {
 	case <-p.done:
