@@ -3,8 +3,8 @@
 //
 // Whatever stands in subject and body, it cannot make a header, end the mail
 // early or make a line too long; a text that an outbox would refuse is refused
-// here. That from and to are addresses is for the caller to know: settings and
-// site.toml take nothing else.
+// here, and so is an address that would break a line. That from and to are
+// addresses is for the caller to know: settings and site.toml take nothing else.
 package letter
 
 import (
@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"strings"
 	"time"
+	"unicode"
 
 	"farkeep/shared/outbox"
 )
@@ -23,6 +24,10 @@ import (
 // maxSubject bounds a subject, in runes: encoded, it stays below the 998 bytes
 // of RFC 5322 §2.1.1.
 const maxSubject = 150
+
+// maxAddress bounds an address, in bytes: a local part of 64, "@", a domain of 255
+// (RFC 5321 §4.5.3.1).
+const maxAddress = 320
 
 var domainPattern = regexp.MustCompile(`^[A-Za-z0-9.-]{1,255}$`)
 
@@ -36,6 +41,11 @@ type Letter struct {
 
 // Text is the complete mail; lines end in CRLF. It is outbox.MaxSize bytes at most.
 func (l Letter) Text(from string, to []string) ([]byte, error) {
+	for _, a := range append([]string{from}, to...) {
+		if len(a) > maxAddress || strings.ContainsFunc(a, unicode.IsControl) {
+			return nil, fmt.Errorf("write mail %s: %.60q is no address", l.ID, a)
+		}
+	}
 	domain := from[strings.LastIndexByte(from, '@')+1:]
 	if !domainPattern.MatchString(domain) {
 		domain = "farkeep.invalid" // RFC 2606; an internationalised domain

@@ -37,6 +37,10 @@ func IsHostPort(s string) bool {
 
 // IsMailAddress reports whether s is one bare address, without a display name.
 func IsMailAddress(s string) bool {
+	const most = 320 // a local part of 64, "@", a domain of 255 (RFC 5321 §4.5.3.1)
+	if len(s) > most {
+		return false
+	}
 	parsed, err := mail.ParseAddress(s)
 	return err == nil && parsed.Address == s
 }
