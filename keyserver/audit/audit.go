@@ -269,12 +269,9 @@ func (l *Log) Newest() (uint64, error) {
 	return r.Seq, nil
 }
 
-// end is how the log ends.
-func (l *Log) end() (ending, error) {
-	f, err := os.Open(filepath.Join(l.dir, current))
-	if errors.Is(err, fs.ErrNotExist) {
-		return l.endOfPredecessor()
-	}
+// tailOf is how the file at path ends.
+func tailOf(path string) (ending, error) {
+	f, err := os.Open(path)
 	if err != nil {
 		return ending{}, fmt.Errorf("read the audit log: %w", err)
 	}
@@ -283,8 +280,13 @@ func (l *Log) end() (ending, error) {
 	if err != nil {
 		return ending{}, fmt.Errorf("read the audit log: %w", err)
 	}
-	t, err := tail(f, info.Size())
-	if err == nil && t.last == nil {
+	return tail(f, info.Size())
+}
+
+// end is how the log ends.
+func (l *Log) end() (ending, error) {
+	t, err := tailOf(filepath.Join(l.dir, current))
+	if errors.Is(err, fs.ErrNotExist) || err == nil && t.last == nil {
 		return l.endOfPredecessor()
 	}
 	return t, err
@@ -441,16 +443,7 @@ func (l *Log) endOfPredecessor() (ending, error) {
 		if filepath.Base(names[i]) == current {
 			continue
 		}
-		f, err := os.Open(names[i])
-		if err != nil {
-			return ending{}, fmt.Errorf("read the audit log: %w", err)
-		}
-		defer f.Close()
-		info, err := f.Stat()
-		if err != nil {
-			return ending{}, fmt.Errorf("read the audit log: %w", err)
-		}
-		t, err := tail(f, info.Size())
+		t, err := tailOf(names[i])
 		if err == nil && (t.last == nil || len(t.torn) > 0) {
 			err = fmt.Errorf("%w: %s does not end in a record", ErrDamaged, names[i])
 		}
