@@ -74,18 +74,9 @@ of this machine: to be sure, give the disks new keys (farkeep-image disk rekey).
 				return err
 			}
 			defer func() { err = errors.Join(err, back()) }()
-			keys, err := where.openKeys()
+			keys, records, err := where.openSealing(env, known)
 			if err != nil {
 				return err
-			}
-			_, records, err := where.openState(env.Now)
-			if err != nil {
-				return err
-			}
-			if known != nil {
-				if err := keys.Use(known); err != nil {
-					return err
-				}
 			}
 			n, err := keys.Seal(r)
 			if err != nil {
@@ -163,6 +154,20 @@ func readNewPassphrase(env *Env, from string) (secret.Bytes, error) {
 	return words, nil
 }
 
+// openSealing opens the keys, with the identity that opens those that are sealed
+// (nil for none), and the log for what becomes of them.
+func (p *places) openSealing(env *Env, known *seal.Identity) (*keystore.Store, *audit.Log, error) {
+	keys, err := p.openKeys()
+	if err != nil {
+		return nil, nil, err
+	}
+	_, records, err := p.openState(env.Now)
+	if err == nil && known != nil {
+		err = keys.Use(known)
+	}
+	return keys, records, err
+}
+
 func newUnsealCmd(env *Env, where *places) *cobra.Command {
 	var id identityFlags
 	cmd := &cobra.Command{
@@ -185,18 +190,9 @@ read again and compared before the sealed one goes.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, back()) }()
-			keys, err := where.openKeys()
+			keys, records, err := where.openSealing(env, known)
 			if err != nil {
 				return err
-			}
-			_, records, err := where.openState(env.Now)
-			if err != nil {
-				return err
-			}
-			if known != nil {
-				if err := keys.Use(known); err != nil {
-					return err
-				}
 			}
 			n, err := keys.Unseal()
 			if err != nil {
