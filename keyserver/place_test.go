@@ -18,6 +18,7 @@ import (
 	"farkeep/shared/hint"
 	"farkeep/shared/keywire"
 	"farkeep/shared/sshverb"
+	"farkeep/shared/wgtest"
 
 	"github.com/vishvananda/netlink"
 	"golang.zx2c4.com/wireguard/conn"
@@ -70,7 +71,7 @@ func TestPlaceByWireGuard(t *testing.T) {
 		k.check(err)
 		k.check(netlink.AddrAdd(lo, addr))
 	}
-	userspace(t, "farkeep")
+	wgtest.Interface(t, "farkeep", 1420)
 	tunnel, err := netlink.LinkByName("farkeep")
 	k.check(err)
 	inside, err := netlink.ParseAddr("10.77.0.1/24")

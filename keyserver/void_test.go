@@ -12,12 +12,9 @@ import (
 
 	"farkeep/keyserver/orders"
 	"farkeep/shared/site"
+	"farkeep/shared/wgtest"
 
 	"github.com/rogpeppe/go-internal/testscript"
-	"golang.zx2c4.com/wireguard/conn"
-	wgdevice "golang.zx2c4.com/wireguard/device"
-	"golang.zx2c4.com/wireguard/ipc"
-	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
@@ -48,36 +45,6 @@ func namespace(t *testing.T) bool {
 	return false
 }
 
-// userspace makes a WireGuard interface with its Go implementation: the machine
-// that runs the tests may have no WireGuard in its kernel.
-func userspace(t *testing.T, name string) {
-	t.Helper()
-	dev, err := tun.CreateTUN(name, 1420)
-	if err != nil {
-		t.Fatal("make a TUN device: ", err)
-	}
-	wg := wgdevice.NewDevice(dev, conn.NewDefaultBind(), wgdevice.NewLogger(wgdevice.LogLevelSilent, ""))
-	t.Cleanup(wg.Close)
-	file, err := ipc.UAPIOpen(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	uapi, err := ipc.UAPIListen(name, file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { uapi.Close() })
-	go func() {
-		for {
-			c, err := uapi.Accept()
-			if err != nil {
-				return
-			}
-			go wg.IpcHandle(c)
-		}
-	}()
-}
-
 // TestRevokeVoids has root revoke an appliance for a service that runs as another
 // user, with the real wg(8) to say what is left of the tunnel.
 func TestRevokeVoids(t *testing.T) {
@@ -94,7 +61,7 @@ func TestRevokeVoids(t *testing.T) {
 		t.Fatal(err)
 	}
 	attic, shed := s.Appliances[0], s.Appliances[1]
-	userspace(t, "farkeep")
+	wgtest.Interface(t, "farkeep", 1420)
 	private, err := wgtypes.GeneratePrivateKey()
 	if err != nil {
 		t.Fatal(err)

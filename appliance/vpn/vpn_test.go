@@ -16,12 +16,11 @@ import (
 
 	"farkeep/appliance/network/nettest"
 	"farkeep/shared/settings"
+	"farkeep/shared/wgtest"
 
 	"github.com/vishvananda/netlink"
 	"golang.zx2c4.com/wireguard/conn"
 	wgdevice "golang.zx2c4.com/wireguard/device"
-	"golang.zx2c4.com/wireguard/ipc"
-	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/tun/netstack"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
@@ -38,30 +37,7 @@ func userspace(t *testing.T, name string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { syscall.Unmount("/run", syscall.MNT_DETACH) })
-	dev, err := tun.CreateTUN(name, mtu)
-	if err != nil {
-		t.Fatal("make a TUN device: ", err)
-	}
-	wg := wgdevice.NewDevice(dev, conn.NewDefaultBind(), wgdevice.NewLogger(wgdevice.LogLevelSilent, ""))
-	t.Cleanup(wg.Close)
-	file, err := ipc.UAPIOpen(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	uapi, err := ipc.UAPIListen(name, file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { uapi.Close() })
-	go func() {
-		for {
-			c, err := uapi.Accept()
-			if err != nil {
-				return
-			}
-			go wg.IpcHandle(c)
-		}
-	}()
+	wgtest.Interface(t, name, mtu)
 }
 
 // home starts the other end of the tunnel, without any interface, and returns

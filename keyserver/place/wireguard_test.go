@@ -16,12 +16,12 @@ import (
 
 	"farkeep/keyserver/moment"
 	"farkeep/keyserver/place"
+	"farkeep/shared/wgtest"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.zx2c4.com/wireguard/conn"
 	wgdevice "golang.zx2c4.com/wireguard/device"
-	"golang.zx2c4.com/wireguard/ipc"
 	"golang.zx2c4.com/wireguard/tun/netstack"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
@@ -139,7 +139,7 @@ func TestWireGuard(t *testing.T) {
 	name := fmt.Sprintf("farkeep%d", time.Now().UnixNano()%1_000_000_000)
 	wg := wireguard(t, home, "10.77.0.1", fmt.Sprintf("private_key=%s\npublic_key=%s\nallowed_ip=10.77.0.2/32\npublic_key=%s\nallowed_ip=10.77.0.3/32\n",
 		hexa(homeKey), hexa(attic.PublicKey()), hexa(shed.PublicKey())))
-	control(t, name, wg)
+	wgtest.Control(t, name, wg)
 	state, err := wg.IpcGet()
 	if err != nil {
 		t.Fatal(err)
@@ -221,26 +221,3 @@ func key(t *testing.T) wgtypes.Key {
 }
 
 func hexa(k wgtypes.Key) string { return hex.EncodeToString(k[:]) }
-
-// control answers wgctrl for a WireGuard that is not in the kernel.
-func control(t *testing.T, name string, wg *wgdevice.Device) {
-	t.Helper()
-	file, err := ipc.UAPIOpen(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	uapi, err := ipc.UAPIListen(name, file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { uapi.Close() })
-	go func() {
-		for {
-			c, err := uapi.Accept()
-			if err != nil {
-				return
-			}
-			go wg.IpcHandle(c)
-		}
-	}()
-}

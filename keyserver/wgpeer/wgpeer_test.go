@@ -11,11 +11,9 @@ import (
 	"syscall"
 	"testing"
 
+	"farkeep/shared/wgtest"
+
 	"github.com/google/go-cmp/cmp"
-	"golang.zx2c4.com/wireguard/conn"
-	wgdevice "golang.zx2c4.com/wireguard/device"
-	"golang.zx2c4.com/wireguard/ipc"
-	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
@@ -45,36 +43,6 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "these tests need root, for a network namespace:", err)
 		os.Exit(1)
 	}
-}
-
-// userspace makes a WireGuard interface with its Go implementation: the machine
-// that runs the tests may have no WireGuard in its kernel.
-func userspace(t *testing.T, name string) {
-	t.Helper()
-	dev, err := tun.CreateTUN(name, 1420)
-	if err != nil {
-		t.Fatal("make a TUN device: ", err)
-	}
-	wg := wgdevice.NewDevice(dev, conn.NewDefaultBind(), wgdevice.NewLogger(wgdevice.LogLevelSilent, ""))
-	t.Cleanup(wg.Close)
-	file, err := ipc.UAPIOpen(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	uapi, err := ipc.UAPIListen(name, file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { uapi.Close() })
-	go func() {
-		for {
-			c, err := uapi.Accept()
-			if err != nil {
-				return
-			}
-			go wg.IpcHandle(c)
-		}
-	}()
 }
 
 func wg(t *testing.T, args ...string) string {
@@ -114,7 +82,7 @@ AllowedIPs = 10.77.0.3/32
 
 // The real wg(8) loads the file before and after, and shows what runs.
 func TestCutAndStrike(t *testing.T) {
-	userspace(t, "farkeep")
+	wgtest.Interface(t, "farkeep", 1420)
 	private, err := wgtypes.GeneratePrivateKey()
 	if err != nil {
 		t.Fatal(err)
