@@ -94,7 +94,11 @@ func (m *Memory) kept(repository string, sum manifest.Sum) string {
 
 // Forget drops what is remembered of a target's generation.
 func (m *Memory) Forget(target, repository string) error {
-	err := os.Remove(m.path(target, repository))
+	return forget(m.path(target, repository))
+}
+
+func forget(path string) error {
+	err := os.Remove(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

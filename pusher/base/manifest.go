@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -35,11 +34,7 @@ func (m *Memory) KeepManifest(target, repository, list string, made bool) error 
 
 // ForgetManifest drops what KeepManifest kept.
 func (m *Memory) ForgetManifest(target, repository string) error {
-	err := os.Remove(m.manifest(target, repository))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return forget(m.manifest(target, repository))
 }
 
 // Delta gives the delta that makes the manifest in the file list out of the one

@@ -426,7 +426,7 @@ func (p *Push) plan(ctx context.Context, t target.Target, pic *picture, answer t
 	}
 	plan, err := p.bases.Plan(ctx, t.Name(), pic.repository.Name, digest, func(each func(manifest.Entry) error) error {
 		return u.needed(func(_ int64, e manifest.Entry) error { return each(e) })
-	}, u.open)
+	}, opener(u.dir))
 	if err != nil && ctx.Err() == nil {
 		p.Log.Warn("sending whole files", "repository", pic.repository.Name, "target", t.Name(), "err", err)
 		return nil, nil
@@ -455,8 +455,7 @@ func (p *Push) remember(ctx context.Context, t target.Target, pic *picture, l *l
 			return err
 		}
 		defer in.Close()
-		u := &upload{dir: dir}
-		return p.bases.Remember(ctx, t.Name(), pic.repository.Name, l.Digest, in, u.open)
+		return p.bases.Remember(ctx, t.Name(), pic.repository.Name, l.Digest, in, opener(dir))
 	}()
 	if err != nil {
 		p.Log.Warn("the next push may send more than it has to", "err", err)

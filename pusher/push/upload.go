@@ -79,10 +79,14 @@ func (u *upload) needed(do func(index int64, e manifest.Entry) error) error {
 	return nil
 }
 
-// open opens a file of the list.
-func (u *upload) open(path string) (*os.File, error) {
+// opener opens files of a list whose folder is dir.
+func opener(dir *os.Root) func(path string) (*os.File, error) {
+	return func(path string) (*os.File, error) { return open(dir, path) }
+}
+
+func open(dir *os.Root, path string) (*os.File, error) {
 	// O_NONBLOCK: should a pipe have taken the file's place, do not wait for its writer.
-	f, err := u.dir.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := dir.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, &ChangedError{path}
 	}
@@ -91,7 +95,7 @@ func (u *upload) open(path string) (*os.File, error) {
 
 // file writes the recipe of one file, of which the target has the first keep bytes.
 func (u *upload) file(enc *recipe.Encoder, e manifest.Entry, index, keep int64, buf []byte) error {
-	f, err := u.open(e.Path)
+	f, err := open(u.dir, e.Path)
 	if err != nil {
 		return err
 	}
