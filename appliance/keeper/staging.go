@@ -108,7 +108,7 @@ func (c *call) endSession(id string, words chan string) {
 }
 
 // words tells what an sftp session has to say in words, as lines, until the
-// session ends.
+// session ends. It answers once when it has begun to listen.
 func words(ctx context.Context, c *call) error {
 	if err := c.pushKey(); err != nil {
 		return err
@@ -116,6 +116,12 @@ func words(ctx context.Context, c *call) error {
 	c.mu.Lock()
 	lines := c.copies.words[c.args.Session]
 	c.mu.Unlock()
+	if lines == nil {
+		return errors.New("no sftp session has that number")
+	}
+	if err := c.answer(struct{}{}, keepercall.ThenLine); err != nil {
+		return err
+	}
 	for lines != nil {
 		select {
 		case text, ok := <-lines:

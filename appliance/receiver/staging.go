@@ -33,10 +33,17 @@ func (r *receiver) relaySFTP(ctx context.Context, s *sshverb.Session, k Key) err
 	if err := json.Unmarshal(answer.Out, &session); err != nil {
 		return forPeer(err)
 	}
+	// The session's words are heard before it begins: it may be over in a millisecond.
+	args.Session = session.Session
+	words, err := openWords(ctx, r.env.Paths.Socket(part.Keeper), args)
+	if err != nil {
+		return forPeer(err)
+	}
+	defer words.Close()
 	said := make(chan struct{})
 	go func() {
 		defer close(said)
-		r.relayWords(ctx, s, args, session.Session)
+		r.relayWords(s, words)
 	}()
 	// This goroutine ends with the session's channel, which the server closes when
 	// this function returns.
@@ -58,20 +65,27 @@ func (r *receiver) relaySFTP(ctx context.Context, s *sshverb.Session, k Key) err
 	return err
 }
 
-// relayWords writes what the keeper tells the person at the client to stderr: SFTP
-// has numbers, and most clients show "Failure" for all that is not one of the first
-// few.
-func (r *receiver) relayWords(ctx context.Context, s *sshverb.Session, args keepercall.Args, session string) {
-	args.Session = session
-	call, err := localcall.Open(ctx, r.env.Paths.Socket(part.Keeper), keepercall.Words, args)
+// openWords opens what the keeper tells the person at the client of an sftp session,
+// which keeps its words from this moment on.
+func openWords(ctx context.Context, socket string, args keepercall.Args) (*localcall.Conn, error) {
+	words, err := localcall.Open(ctx, socket, keepercall.Words, args)
 	if err != nil {
-		s.Log.Warn("the words of an sftp session are lost", "err", err)
-		return
+		return nil, err
 	}
-	defer call.Close()
+	var begun keepercall.Answer
+	if err := words.ReadReply(&begun); err != nil {
+		words.Close()
+		return nil, err
+	}
+	return words, nil
+}
+
+// relayWords writes them to stderr: SFTP has numbers, and most clients show "Failure"
+// for all that is not one of the first few.
+func (r *receiver) relayWords(s *sshverb.Session, words *localcall.Conn) {
 	for {
 		var answer keepercall.Answer
-		if err := call.ReadReply(&answer); err != nil || answer.Then != keepercall.ThenLine {
+		if err := words.ReadReply(&answer); err != nil || answer.Then != keepercall.ThenLine {
 			return
 		}
 		var text string
