@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"farkeep/image/stage"
 )
@@ -43,20 +44,33 @@ func (b *borg) write(prefix string, files, size int) error {
 	data := make([]byte, size)
 	for i := range files {
 		rand.Read(data)
-		if err := os.WriteFile(filepath.Join(b.source, fmt.Sprintf("%s-%03d", prefix, i)), data, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(b.source, fileName(prefix, i)), data, 0o600); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+func fileName(prefix string, i int) string { return fmt.Sprintf("%s-%03d", prefix, i) }
+
 func (b *borg) create(ctx context.Context, archive string) error {
 	return b.run(ctx, "create", b.path+"::"+archive, b.source)
 }
 
-// at is the same repository in another place.
+// at is the same repository in another place, for a Borg that never saw it: one
+// that remembered a newer state would call the copy an attack.
 func (b *borg) at(path string) *borg {
 	other := *b
 	other.path = path
+	other.env = append(slices.Clone(b.env), "BORG_BASE_DIR="+path+".borg-home")
 	return &other
+}
+
+// verify is Borg's own full check.
+func (b *borg) verify(ctx context.Context) error {
+	// Generations are read-only, and Borg wants to lock what it reads.
+	if _, err := b.stage.Run(ctx, "chmod", "-R", "u+rwX", b.path); err != nil {
+		return err
+	}
+	return b.run(ctx, "check", "--verify-data", b.path)
 }

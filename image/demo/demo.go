@@ -108,7 +108,11 @@ func (d *show) prepare(ctx context.Context) error {
 		if d.media, err = newBorg(ctx, d.s, d.dir, "media"); err != nil {
 			return err
 		}
-		if err := errors.Join(d.notes.write("first", 10, 20_000), d.media.write("first", 12, 4<<20)); err != nil {
+		if err := errors.Join(d.notes.write("first", firstFiles, firstSize), d.media.write("first", 12, 4<<20)); err != nil {
+			return err
+		}
+		// Borg's own 500 MB would make one segment of it all.
+		if err := d.notes.run(ctx, "config", d.notes.path, "max_segment_size", fmt.Sprint(segmentSize)); err != nil {
 			return err
 		}
 		if err := d.notes.create(ctx, "monday"); err != nil {
@@ -243,36 +247,25 @@ func (d *show) secondPush(ctx context.Context) error {
 }
 
 func (d *show) powerCut(ctx context.Context) error {
-	d.chapter("4. The power goes in the middle of a push")
+	d.chapter("4. Borg moves what it keeps, and the power goes in the middle of the push")
 	var before []pushwire.Generation
-	if err := d.step("change more data, begin a push, cut the Pi's power", func() (err error) {
+	var day compaction
+	if err := d.step("a compaction day: Borg moves most chunks into new segments", func() (err error) {
 		if before, err = d.generations(ctx, d.vault); err != nil {
 			return err
 		}
-		if err := d.notes.write("third", 16, 40_000); err != nil {
-			return err
-		}
-		if err := d.notes.create(ctx, "wednesday"); err != nil {
-			return err
-		}
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		pushed := make(chan error, 1)
-		go func() {
-			_, err := d.s.Push(ctx, "--target", "vault")
-			pushed <- err
-		}()
-		if err := d.uploading(ctx, d.vault, 200_000); err != nil {
-			return errors.Join(err, <-pushed)
-		}
-		if err := d.vault.CutPower(); err != nil {
-			return err
-		}
-		cancel() // the pusher would go on trying for a while
-		if err := <-pushed; err == nil {
-			return errors.New("the push had ended before the power was cut: nothing was shown")
-		}
-		return nil
+		day, err = d.compactionDay(ctx)
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := d.step("begin a push, and end the pusher in the middle", func() error {
+		return d.interrupted(ctx, &day, 250_000, func() error { return nil })
+	}); err != nil {
+		return err
+	}
+	if err := d.step("begin again, and cut the Pi's power in the middle", func() error {
+		return d.interrupted(ctx, &day, 100_000, d.vault.CutPower)
 	}); err != nil {
 		return err
 	}
@@ -296,7 +289,15 @@ func (d *show) powerCut(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return d.push(ctx, "push again: this time to the end", "vault")
+	return d.step("push again, to the end: what moved crosses the line never, what had arrived not again", func() error {
+		out, err := d.s.Push(ctx, "--target", "vault")
+		d.lastPush = time.Now()
+		if err != nil {
+			return err
+		}
+		d.say("%s", out)
+		return d.resumed(&day, out)
+	})
 }
 
 func (d *show) restore(ctx context.Context) error {
@@ -466,5 +467,10 @@ func (d *show) bulk(ctx context.Context) error {
 	if err == nil && len(folders) < 3 {
 		err = fmt.Errorf("%d generations of notes survived, expected 3", len(folders))
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return d.step("borg check --verify-data notes as it was before the compaction day", func() error {
+		return d.notes.at(filepath.Join(folders[len(folders)-2], "files")).verify(ctx)
+	})
 }

@@ -260,14 +260,14 @@ func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcom
 func (p *Push) offerUntilDone(ctx context.Context, t target.Target, pic *picture, l *list, o *Outcome, lane *progress.Lane) (again bool, err error) {
 	moved := func() int64 { return o.Bytes + o.Copied }
 	recommitted := false
-	careful := pic.repository.Kind != pushwire.KindBorg1
+	careful := false
 	err = p.retry(ctx, t, moved, func() error {
 		again = false
 		err := p.once(ctx, t, pic, l, careful, o, lane)
 		var changed *ChangedError
 		var commit *commitError
 		var refused *uploadError
-		if errors.As(err, &refused) && !careful && !target.Temporary(err) && ctx.Err() == nil {
+		if errors.As(err, &refused) && !errors.As(err, &changed) && !careful && !target.Temporary(err) && ctx.Err() == nil {
 			// A file came out wrong over there: what we believe of the target is not true,
 			// or a file here is not what was listed. Whole files, checked as they are read, tell.
 			careful = true
@@ -304,8 +304,8 @@ func (e *commitError) Error() string { return e.err.Error() }
 func (e *commitError) Unwrap() error { return e.err }
 
 // once is one attempt at the transaction. A careful one sends whole files, and
-// compares each with the list as it is read: what is not frozen may change, and
-// what is frozen gives no reason to.
+// compares each with the list as it is read; else the target alone does that, which
+// spares a third of the pusher's processor time.
 func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list, careful bool, o *Outcome, lane *progress.Lane) error {
 	if err := t.Wake(ctx); err != nil {
 		return err

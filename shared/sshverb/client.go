@@ -28,6 +28,9 @@ type Peer struct {
 	Idle time.Duration
 	// DialContext replaces net.Dialer's, for tunnels and tests.
 	DialContext func(ctx context.Context, network, address string) (net.Conn, error)
+	// Ahead keeps one session open for the verb after this one, so that several in
+	// a row wait for one round trip less each.
+	Ahead bool
 }
 
 // ErrHostKey is wrapped when the peer shows another host key than the pinned one.
@@ -38,6 +41,9 @@ type Client struct {
 	conn *ssh.Client
 	raw  net.Conn
 	stop func()
+
+	mu   sync.Mutex // guards next
+	next *ahead     // nil where nothing is opened ahead
 }
 
 // Dial connects and authenticates. The caller must Close the client. Errors
@@ -83,8 +89,12 @@ func Dial(ctx context.Context, p Peer) (*Client, error) {
 		raw.Close()
 		return nil, dialError(p, err, deadline.Err())
 	}
-	client := ssh.NewClient(conn, channels, requests)
-	return &Client{conn: client, raw: raw, stop: keepAlive(context.WithoutCancel(ctx), client.Conn, raw, p.Idle)}, nil
+	c := &Client{conn: ssh.NewClient(conn, channels, requests), raw: raw}
+	c.stop = keepAlive(context.WithoutCancel(ctx), c.conn.Conn, raw, p.Idle)
+	if p.Ahead {
+		c.next = c.openAhead()
+	}
+	return c, nil
 }
 
 func dialError(p Peer, err, expired error) error {
@@ -107,74 +117,94 @@ func (c *Client) Close() error {
 	return c.conn.Close()
 }
 
+// aheadFor is how long a session that was opened ahead is of use: a server closes
+// one that has asked for nothing within Limits.Handshake.
+const aheadFor = 10 * time.Second
+
+// ahead is a session that is opened before it is needed.
+type ahead struct {
+	ready    chan struct{} // closed when the peer has answered; guards the rest
+	at       time.Time     // when it was asked for
+	channel  ssh.Channel
+	requests <-chan *ssh.Request
+	err      error
+}
+
+func (c *Client) openAhead() *ahead {
+	a := &ahead{ready: make(chan struct{}), at: time.Now()}
+	go func() {
+		a.channel, a.requests, a.err = c.conn.OpenChannel("session", nil)
+		close(a.ready)
+	}()
+	return a
+}
+
+// session opens a session, or takes the one that was opened ahead and opens the next.
+func (c *Client) session() (ssh.Channel, <-chan *ssh.Request, error) {
+	c.mu.Lock()
+	a := c.next
+	if a != nil {
+		c.next = c.openAhead()
+	}
+	c.mu.Unlock()
+	if a == nil {
+		return c.conn.OpenChannel("session", nil)
+	}
+	<-a.ready
+	if a.err != nil {
+		return nil, nil, a.err
+	}
+	if time.Since(a.at) > aheadFor {
+		go ssh.DiscardRequests(a.requests)
+		a.channel.Close()
+		return c.conn.OpenChannel("session", nil)
+	}
+	return a.channel, a.requests, nil
+}
+
 // Dialogue is a verb in progress: write its input to Stdin and close it, read
 // its output from Stdout to EOF, then Wait.
 type Dialogue struct {
 	Stdin  io.WriteCloser
 	Stdout io.Reader
 
-	session *ssh.Session
-	verb    string // without its arguments: they are nothing for an error
-	stderr  *tail
-	release func() bool
-	ended   sync.Once
-	done    chan struct{} // closed when session.Wait returned
+	stream *Stream
 }
 
 // closeGrace is how long a verb that was cut off may take to end before its
 // whole connection is closed.
 const closeGrace = 5 * time.Second
 
-// Start begins a verb. When ctx ends the verb is cut off.
+// Start begins a verb, without waiting for the peer's word that it has: what
+// becomes of it, Wait tells. When ctx ends the verb is cut off.
 func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
 	name, _, err := ParseVerb(verb)
 	if err != nil {
 		return nil, err
 	}
-	session, err := c.conn.NewSession()
+	// RFC 4254 §6.5.
+	s, err := c.stream(ctx, name, "exec", verb, false)
 	if err != nil {
-		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %s: %w", name, err))
+		return nil, err
 	}
-	d := &Dialogue{session: session, verb: name, stderr: &tail{}, done: make(chan struct{})}
-	if d.Stdin, err = session.StdinPipe(); err == nil {
-		d.Stdout, err = session.StdoutPipe()
-	}
-	session.Stderr = d.stderr
-	if err == nil {
-		err = session.Start(verb)
-	}
-	if err != nil {
-		session.Close()
-		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("start %s: %w", name, err))
-	}
-	d.release = context.AfterFunc(ctx, func() {
-		session.Close()
-		select {
-		case <-d.done:
-		case <-time.After(closeGrace): // a dead line does not answer a close
-			c.raw.Close()
-		}
-	})
-	return d, nil
+	return &Dialogue{Stdin: input{s}, Stdout: s, stream: s}, nil
 }
+
+// input is what a verb reads. Closing it ends that, and not the verb.
+type input struct{ *Stream }
+
+func (i input) Close() error { return i.CloseWrite() }
 
 // Wait returns how the verb ended: nil for exit status 0, an *Error with the
 // peer's words for another, hint.ExitUnreachable where the connection broke.
 func (d *Dialogue) Wait() error {
-	err := d.session.Wait()
-	d.ended.Do(func() { close(d.done) })
-	if d.release != nil && !d.release() {
-		return hint.Exit(hint.ExitCancelled, fmt.Errorf("%s: %w", d.verb, context.Canceled))
+	err := d.stream.Wait()
+	cut := d.stream.cancelled.Load()
+	d.stream.Close()
+	if cut {
+		return hint.Exit(hint.ExitCancelled, fmt.Errorf("%s: %w", d.stream.name, context.Canceled))
 	}
-	d.session.Close()
-	if err == nil {
-		return nil
-	}
-	var exit *ssh.ExitError
-	if errors.As(err, &exit) {
-		return told(exit.ExitStatus(), d.stderr.String())
-	}
-	return hint.Exit(hint.ExitUnreachable, fmt.Errorf("%s: the connection broke: %w", d.verb, err))
+	return err
 }
 
 // told is the error for a status other than 0, with the peer's words.
@@ -188,14 +218,10 @@ func told(status int, stderr string) error {
 
 // Stderr is what the peer wrote to standard error, its first 8 KiB. Call it after
 // Wait.
-func (d *Dialogue) Stderr() string { return d.stderr.String() }
+func (d *Dialogue) Stderr() string { return d.stream.stderr.String() }
 
 // Close cuts the verb off.
-func (d *Dialogue) Close() error {
-	d.release()
-	d.ended.Do(func() { close(d.done) })
-	return d.session.Close()
-}
+func (d *Dialogue) Close() error { return d.stream.Close() }
 
 // Run carries out a verb: in is sent (nil for nothing), at most limit bytes of
 // output are returned.
@@ -217,7 +243,7 @@ func (c *Client) Run(ctx context.Context, verb string, in io.Reader, limit int64
 	if int64(len(out)) > limit {
 		d.Close()
 		<-sent
-		return nil, fmt.Errorf("%s: the answer is longer than %d bytes", d.verb, limit)
+		return nil, fmt.Errorf("%s: the answer is longer than %d bytes", d.stream.name, limit)
 	}
 	err = d.Wait()
 	sendErr := <-sent
@@ -225,9 +251,9 @@ func (c *Client) Run(ctx context.Context, verb string, in io.Reader, limit int64
 	case err != nil:
 		return out, err // the peer's reason explains a broken send too
 	case readErr != nil:
-		return out, fmt.Errorf("%s: read the answer: %w", d.verb, readErr)
+		return out, fmt.Errorf("%s: read the answer: %w", d.stream.name, readErr)
 	case sendErr != nil && !errors.Is(sendErr, io.EOF):
-		return out, fmt.Errorf("%s: send: %w", d.verb, sendErr)
+		return out, fmt.Errorf("%s: send: %w", d.stream.name, sendErr)
 	}
 	return out, nil
 }

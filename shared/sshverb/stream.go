@@ -2,10 +2,11 @@ package sshverb
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
+	"math"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -13,21 +14,28 @@ import (
 	"farkeep/shared/hint"
 )
 
-// Stream is a subsystem in progress: bytes both ways until one side ends it.
+// Stream is a subsystem or a verb in progress: bytes both ways until one side ends it.
 type Stream struct {
 	ssh.Channel
-	name    string
-	raw     io.Closer
-	release func() bool
-	stderr  tail
-	status  int           // of the peer's exit; -1: it sent none
-	ended   chan struct{} // closed when the peer has closed the channel; guards the two above
+	name      string // of a verb without its arguments: they are nothing for an error
+	raw       io.Closer
+	release   func() bool
+	cancelled atomic.Bool // cut off by its context
+	stderr    tail
+	status    int           // of the peer's exit; -1: it sent none
+	ended     chan struct{} // closed when the peer has closed the channel; guards the two above
 }
 
 // Subsystem starts a subsystem ("sftp"). When ctx ends it is cut off. The caller
 // must Close the stream.
 func (c *Client) Subsystem(ctx context.Context, name string) (*Stream, error) {
-	channel, requests, err := c.conn.OpenChannel("session", nil)
+	return c.stream(ctx, name, "subsystem", name, true)
+}
+
+// stream opens a session and asks for what it is for; with answered it waits for
+// the peer's word that it has that.
+func (c *Client) stream(ctx context.Context, name, request, what string, answered bool) (*Stream, error) {
+	channel, requests, err := c.session()
 	if err != nil {
 		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %s: %w", name, err))
 	}
@@ -39,7 +47,7 @@ func (c *Client) Subsystem(ctx context.Context, name string) (*Stream, error) {
 			// RFC 4254 §6.10.
 			var exit struct{ Status uint32 }
 			if r.Type == "exit-status" && ssh.Unmarshal(r.Payload, &exit) == nil {
-				s.status = int(exit.Status)
+				s.status = int(min(exit.Status, math.MaxInt32))
 			}
 			if r.WantReply {
 				r.Reply(false, nil)
@@ -52,9 +60,9 @@ func (c *Client) Subsystem(ctx context.Context, name string) (*Stream, error) {
 	}()
 	s.release = context.AfterFunc(ctx, s.cut)
 	// RFC 4254 §6.5.
-	ok, err := channel.SendRequest("subsystem", true, ssh.Marshal(struct{ Name string }{name}))
-	if err == nil && !ok {
-		err = errors.New("the peer has no such subsystem")
+	ok, err := channel.SendRequest(request, answered, ssh.Marshal(struct{ Value string }{what}))
+	if err == nil && answered && !ok {
+		err = fmt.Errorf("the peer has no such %s", request)
 	}
 	if err != nil {
 		s.Close()
@@ -65,6 +73,7 @@ func (c *Client) Subsystem(ctx context.Context, name string) (*Stream, error) {
 
 // cut ends the stream, and the connection with it if the peer does not answer.
 func (s *Stream) cut() {
+	s.cancelled.Store(true)
 	s.Channel.Close()
 	select {
 	case <-s.ended:

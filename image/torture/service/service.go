@@ -39,6 +39,7 @@ type Options struct {
 	Dir      string // an empty folder, in which other users may go
 	Bin      string // farkeep-appliance (built with the tag torture) and farkeep-pusher
 	DiskSize int64  // bytes
+	Inodes   int64  // of the disk's file system; 0: as many as mke2fs thinks right
 	// InMemory puts the image on a file system of its own, in memory.
 	InMemory bool
 	// Settings changes the appliance's settings before they are written; may be nil.
@@ -120,7 +121,11 @@ func (s *Service) makeDisk(ctx context.Context) (uuid string, err error) {
 	rand.Read(b[:])
 	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
 	uuid = fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
-	if _, err := Tool(ctx, "e2fsprogs", "mke2fs", "-q", "-t", "ext4", "-F", "-m", "0", "-e", "remount-ro", "-U", uuid, s.Image); err != nil {
+	args := []string{"-q", "-t", "ext4", "-F", "-m", "0", "-e", "remount-ro", "-U", uuid}
+	if s.o.Inodes > 0 {
+		args = append(args, "-N", strconv.FormatInt(s.o.Inodes, 10))
+	}
+	if _, err := Tool(ctx, "e2fsprogs", "mke2fs", append(args, s.Image)...); err != nil {
 		return "", err
 	}
 	s.Loop, err = Tool(ctx, "mount", "losetup", "--find", "--show", s.Image)
