@@ -1,0 +1,199 @@
+package demo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+)
+
+// Of a compaction day: what is new is a fifth of what the new segments hold.
+const (
+	segmentSize = 250_000 // of notes, in bytes: about five of its first files
+	firstFiles  = 40
+	firstSize   = 50_000
+	newFiles    = 14
+	newSize     = 40_000
+	newBytes    = newFiles * newSize
+)
+
+// compaction is a day on which Borg moves most of a repository.
+type compaction struct {
+	before   map[string]int64 // segments and their sizes, as they were pushed last
+	segments int              // new ones
+	length   int64            // of the new ones, in bytes
+	started  uint64           // what the VPN had carried before the push
+	copied   int64            // by attempts that did not reach the end, in bytes
+}
+
+// segments of a repository, with their sizes.
+func (b *borg) segments() (map[string]int64, error) {
+	all := map[string]int64{}
+	data := os.DirFS(filepath.Join(b.path, "data"))
+	return all, fs.WalkDir(data, ".", func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		all[path] = info.Size()
+		return nil
+	})
+}
+
+// compactionDay takes a file out of nearly every segment, has Borg move what is
+// left there, and brings new files.
+func (d *show) compactionDay(ctx context.Context) (c compaction, err error) {
+	if c.before, err = d.notes.segments(); err != nil {
+		return c, err
+	}
+	for i := 0; i < firstFiles; i += 7 {
+		if err := os.Remove(filepath.Join(d.notes.source, fileName("first", i))); err != nil {
+			return c, err
+		}
+	}
+	if err := d.notes.create(ctx, "wednesday"); err != nil {
+		return c, err
+	}
+	if err := d.notes.run(ctx, "prune", "--keep-last=1", d.notes.path); err != nil {
+		return c, err
+	}
+	if err := d.notes.run(ctx, "compact", d.notes.path); err != nil {
+		return c, err
+	}
+	if err := d.notes.write("third", newFiles, newSize); err != nil {
+		return c, err
+	}
+	if err := d.notes.create(ctx, "thursday"); err != nil {
+		return c, err
+	}
+	now, err := d.notes.segments()
+	if err != nil {
+		return c, err
+	}
+	kept := 0
+	for path, size := range now {
+		if _, was := c.before[path]; was {
+			kept++
+			continue
+		}
+		c.segments++
+		c.length += size
+	}
+	d.say("%d of %d segments are gone, %d are new: %d kB, of which %d kB were never pushed", len(c.before)-kept, len(c.before), c.segments, c.length/1000, newBytes/1000)
+	if c.length < 5*newBytes/2 {
+		return c, errors.New("too little was moved: nothing would be shown")
+	}
+	c.started, err = d.s.Sent(d.vault.Name)
+	return c, err
+}
+
+// interrupted begins a push and has stop end it once bytes have gone out.
+func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, stop func() error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type end struct {
+		out string
+		err error
+	}
+	pushed := make(chan end, 1)
+	go func() {
+		out, err := d.s.Push(ctx, "--target", d.vault.Name)
+		pushed <- end{out, err}
+	}()
+	if err := d.uploading(ctx, d.vault, bytes); err != nil {
+		cancel()
+		return errors.Join(err, (<-pushed).err)
+	}
+	if err := stop(); err != nil {
+		return err
+	}
+	cancel() // without its target the pusher would go on trying for a while
+	e := <-pushed
+	if e.err == nil {
+		return errors.New("the push had ended before it was interrupted: nothing was shown")
+	}
+	sent, saved, err := reported(e.out, "notes")
+	c.copied += saved
+	d.say("until then it had sent %d kB, and had %d kB copied from the generation before", sent/1000, saved/1000)
+	return err
+}
+
+// resumed checks the push that went to the end.
+func (d *show) resumed(c *compaction, out string) error {
+	sent, saved, err := reported(out, "notes")
+	if err != nil {
+		return err
+	}
+	now, err := d.s.Sent(d.vault.Name)
+	if err != nil {
+		return err
+	}
+	line := int64(now - c.started)
+	d.say("through the VPN went %d kB in all, with every attempt and every handshake; the new segments have %d kB", line/1000, c.length/1000)
+	if line > c.length/2 {
+		return errors.New("that is more than half of them")
+	}
+	// What is copied comes first in these segments: it was complete when the first
+	// attempt ended, and is not asked for again.
+	if c.copied < c.length/2 || saved > c.length/4 {
+		return fmt.Errorf("%d bytes were copied before the interruption, and %d after it: the push did not go on where it was", c.copied, saved)
+	}
+	if sent >= newBytes {
+		return fmt.Errorf("%d bytes were sent after the interruption, of %d new ones: the push did not go on where it was", sent, newBytes)
+	}
+	return nil
+}
+
+var (
+	columns = regexp.MustCompile(` {2,}`)
+	amount  = regexp.MustCompile(`^([0-9.]+) ([KMGT]i)?B$`)
+)
+
+// reported reads how much was sent and saved of a repository from the table that
+// the pusher prints, in bytes.
+func reported(table, repository string) (sent, saved int64, err error) {
+	lines := strings.Split(table, "\n")
+	head := columns.Split(strings.TrimSpace(lines[0]), -1)
+	for _, line := range lines[1:] {
+		row := map[string]string{}
+		for i, cell := range columns.Split(strings.TrimSpace(line), -1) {
+			if i < len(head) {
+				row[head[i]] = cell
+			}
+		}
+		if row["REPOSITORY"] != repository {
+			continue
+		}
+		if sent, err = parseAmount(row["SENT"]); err == nil {
+			saved, err = parseAmount(row["SAVED"])
+		}
+		return sent, saved, err
+	}
+	return 0, 0, fmt.Errorf("the pusher reports nothing of %s:\n%s", repository, table)
+}
+
+func parseAmount(s string) (int64, error) {
+	m := amount.FindStringSubmatch(s)
+	if m == nil {
+		return 0, fmt.Errorf("%q is no number of bytes", s)
+	}
+	v, err := strconv.ParseFloat(m[1], 64)
+	for _, unit := range []string{"Ki", "Mi", "Gi", "Ti"} {
+		if m[2] == "" {
+			break
+		}
+		v *= 1024
+		if m[2] == unit {
+			break
+		}
+	}
+	return int64(v), err
+}
