@@ -34,6 +34,7 @@ require (
 	gvisor.dev/gvisor v0.0.0-20250503011706-39ed1f5ac29c
 	kernel.org/pub/linux/libs/security/libcap/psx v1.2.77
 	lukechampine.com/adiantum v1.1.1
+	lukechampine.com/blake3 v1.4.1
 	periph.io/x/conn/v3 v3.7.2
 	rsc.io/qr v0.2.0
 )
@@ -45,6 +46,7 @@ require (
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/josharian/native v1.1.0 // indirect
 	github.com/jzelinskie/whirlpool v0.0.0-20201016144138-0675e54bb004 // indirect
+	github.com/klauspost/cpuid/v2 v2.0.9 // indirect
 	github.com/kr/fs v0.1.0 // indirect
 	github.com/mdlayher/genetlink v1.3.2 // indirect
 	github.com/mdlayher/netlink v1.7.2 // indirect

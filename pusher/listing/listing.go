@@ -68,10 +68,19 @@ type Options struct {
 	// between half of it and all of it.
 	Reread time.Duration
 	Now    func() time.Time // nil: time.Now
+	// Check returns what is to judge the content of a file as it is read, nil for
+	// nothing; nil means that no content is judged.
+	Check func(name string) Check
 	// Read is called with the bytes read for hashing, from several goroutines; may
 	// be nil.
 	Read func(n int)
 	Log  *slog.Logger
+}
+
+// Check judges the content of one file, which is written to it.
+type Check interface {
+	io.Writer
+	OK() bool
 }
 
 // Skipped are the things that no generation can hold: symbolic links, devices,
@@ -93,6 +102,29 @@ type Result struct {
 // ErrRotten is wrapped for a file that has other bytes than it had, although
 // nothing wrote to it.
 var ErrRotten = errors.New("its bytes changed, and nothing wrote to it")
+
+// A WrongError names files whose content [Options.Check] did not find good. The
+// cache does not take them, so that the next listing reads them again.
+type WrongError struct {
+	Count int64
+	First []Wrong // the first of them, 16 at most
+}
+
+// Wrong is a file whose content is not good.
+type Wrong struct {
+	Path string
+	Sum  manifest.Sum // of the content that it has
+}
+
+// maxWrong bounds WrongError.First.
+const maxWrong = 16
+
+func (e *WrongError) Error() string {
+	if e.Count == 1 {
+		return e.First[0].Path + " has not the content that it should have"
+	}
+	return fmt.Sprintf("%d files have not the content that they should have, among them %s", e.Count, e.First[0].Path)
+}
 
 // ErrChanging is wrapped for a file that never stayed still while it was read.
 var ErrChanging = errors.New("it changes while it is read")
@@ -120,6 +152,7 @@ type lister struct {
 	jobs  chan *item // those that must be hashed
 	cache lookup
 	skip  Skipped
+	wrong WrongError
 	today int64
 }
 
@@ -133,6 +166,7 @@ type item struct {
 	done   chan struct{} // closed when the fields below are set; nil for what needs no hashing
 	gone   bool          // it vanished
 	racy   bool          // it was written too recently to be told from its next version
+	wrong  bool          // Check does not find it good
 	err    error
 }
 
@@ -184,6 +218,9 @@ func (l *lister) run(ctx context.Context, root string, w io.Writer) (result Resu
 	if err == nil {
 		result.Summary, err = m.Close()
 	}
+	if err == nil && l.wrong.Count > 0 {
+		err = &l.wrong
+	}
 	result.Skipped = l.skip
 	if out == nil {
 		return result, err
@@ -191,7 +228,7 @@ func (l *lister) run(ctx context.Context, root string, w io.Writer) (result Resu
 	// A listing that was cut keeps what it has hashed, and what it did not reach.
 	for i := range l.items {
 		switch {
-		case i.cached || i.done != nil && i.err == nil && !i.gone && !i.racy:
+		case i.cached || i.done != nil && i.err == nil && !i.gone && !i.racy && !i.wrong:
 			out.add(i.record())
 		case i.known != nil && i.err != nil:
 			out.add(*i.known)
@@ -229,6 +266,9 @@ func (l *lister) write(ctx context.Context, m *manifest.Writer, out *cacheWriter
 			}
 			result.Hashed++
 			result.HashedBytes += i.entry.Size
+			if i.wrong {
+				l.wrong.add(i)
+			}
 		}
 		if err := m.Add(i.entry); err != nil {
 			if errors.Is(err, manifest.ErrPath) {
@@ -236,11 +276,18 @@ func (l *lister) write(ctx context.Context, m *manifest.Writer, out *cacheWriter
 			}
 			return err
 		}
-		if out != nil && i.entry.Kind == manifest.File && !i.racy {
+		if out != nil && i.entry.Kind == manifest.File && !i.racy && !i.wrong {
 			out.add(i.record())
 		}
 	}
 	return ctx.Err()
+}
+
+func (e *WrongError) add(i *item) {
+	e.Count++
+	if len(e.First) < maxWrong {
+		e.First = append(e.First, Wrong{i.entry.Path, i.entry.Sum})
+	}
 }
 
 func openFolder(at int, name string) (*os.File, error) {
@@ -395,7 +442,7 @@ func (l *lister) hash(ctx context.Context, i *item, buf []byte) {
 			return
 		}
 		if identityOf(before) == identityOf(after) {
-			if i.known != nil && i.id == identityOf(after) && i.entry.Sum != i.known.sum {
+			if i.known != nil && !i.wrong && i.id == identityOf(after) && i.entry.Sum != i.known.sum {
 				i.err = hint.Because(fmt.Errorf("read %s: %w", i.entry.Path, ErrRotten),
 					"check the disk (smartctl -a) and the file: restore it from a generation, or touch it if it is meant to be so")
 				return
@@ -424,6 +471,10 @@ func (l *lister) hashOnce(ctx context.Context, i *item, buf []byte) (before, aft
 		return nil, nil, fmt.Errorf("read %s: %w", i.entry.Path, ErrChanging)
 	}
 	h := manifest.NewHash()
+	var check Check
+	if l.opt.Check != nil {
+		check = l.opt.Check(i.entry.Path)
+	}
 	// No more than was there at first, and one byte to see that it grew: somebody
 	// may append faster than we read.
 	in := io.LimitReader(f, before.Size+1)
@@ -433,6 +484,9 @@ func (l *lister) hashOnce(ctx context.Context, i *item, buf []byte) (before, aft
 		}
 		n, err := in.Read(buf)
 		h.Write(buf[:n])
+		if check != nil {
+			check.Write(buf[:n])
+		}
 		if l.opt.Read != nil && n > 0 {
 			l.opt.Read(n)
 		}
@@ -447,5 +501,6 @@ func (l *lister) hashOnce(ctx context.Context, i *item, buf []byte) (before, aft
 		return nil, nil, err
 	}
 	i.entry.Sum = manifest.SumOf(h)
+	i.wrong = check != nil && !check.OK()
 	return before, after, nil
 }
