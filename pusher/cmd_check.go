@@ -39,7 +39,7 @@ it with what was pushed before. It asks no target: status does.`,
 				return err
 			}
 			for _, r := range found.Repositories {
-				fmt.Fprintf(env.Stdout, "%s: %s at %s\n", r.Name, r.Kind, r.Path)
+				fmt.Fprintf(env.Stdout, "%s: %s at %s\n", r.Name, r.What(), r.Path)
 			}
 			for _, p := range found.Problems {
 				fmt.Fprintf(env.Stderr, "%s: %s: %v\n", program, p.Name, p.Err)

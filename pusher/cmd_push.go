@@ -181,7 +181,7 @@ func showPlan(env *Env, found repository.Found) error {
 	w := tabwriter.NewWriter(env.Stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "REPOSITORY\tKIND\tPATH")
 	for _, r := range found.Repositories {
-		fmt.Fprintf(w, "%s\t%s\t%s\n", r.Name, r.Kind, r.Path)
+		fmt.Fprintf(w, "%s\t%s\t%s\n", r.Name, r.What(), r.Path)
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"farkeep/shared/atomicfile"
+	"farkeep/shared/contentname"
 	"farkeep/shared/hint"
 	"farkeep/shared/pushwire"
 )
@@ -136,6 +137,14 @@ func (m *Memory) Check(r Repository) error {
 		return advice(fmt.Errorf("repository %s at %s was a Borg repository and is none any more", r.Name, r.Path))
 	case r.Kind != was.Kind:
 		return advice(fmt.Errorf("repository %s at %s was a tree of plain files and is a Borg repository now", r.Name, r.Path))
+	case was.Layout != contentname.None && r.Layout != was.Layout:
+		return advice(fmt.Errorf("repository %s at %s was %s and is %s now", r.Name, r.Path, was.Layout, r.Layout))
+	case was.Mark != "" && r.Mark != was.Mark:
+		err := fmt.Errorf("repository %s at %s has another id than it had: it is another repository", r.Name, r.Path)
+		if r.Layout == contentname.Restic {
+			err = fmt.Errorf("repository %s at %s has another config than it had: it is another repository, its config is damaged, or restic migrated it", r.Name, r.Path)
+		}
+		return advice(err)
 	case r.ID != was.ID:
 		return advice(fmt.Errorf("repository %s at %s has the id %s, and had %s: it is another repository", r.Name, r.Path, r.ID, was.ID))
 	}

@@ -8,7 +8,8 @@
 // mount point or a swapped repository is noticed before anything is pushed.
 //
 // A Borg 1.x repository that is named is recognised as one; every other tree is
-// mirrored as plain files.
+// mirrored as plain files. Among these, repositories of restic and Borg 2 are
+// recognised as well ([ReadNamed]): their files are named by their content.
 package repository
 
 import (
@@ -20,6 +21,7 @@ import (
 	"slices"
 	"strings"
 
+	"farkeep/shared/contentname"
 	"farkeep/shared/hint"
 	"farkeep/shared/pushwire"
 	"farkeep/shared/site"
@@ -27,13 +29,25 @@ import (
 
 // Repository is one directory tree to mirror.
 type Repository struct {
-	Name   string `json:"name"`
-	Path   string `json:"path"`
-	Kind   string `json:"kind"`             // pushwire.KindBorg1 or KindFiles
-	ID     string `json:"id,omitempty"`     // Borg's, hex; "" for files
-	Folder string `json:"folder,omitempty"` // the repository folder it was found in; "" if it is named
+	Name string `json:"name"`
+	Path string `json:"path"`
+	Kind string `json:"kind"` // pushwire.KindBorg1 or KindFiles
+	// Layout is what kind of files, of KindFiles, and Mark tells one repository of that
+	// layout from another. No target is told: it looks at the names itself.
+	Layout contentname.Layout `json:"layout,omitempty"`
+	Mark   string             `json:"mark,omitempty"`
+	ID     string             `json:"id,omitempty"`     // Borg's, hex; "" for files
+	Folder string             `json:"folder,omitempty"` // the repository folder it was found in; "" if it is named
 	// MountedAt is the mount point of the file system that Path lies on.
 	MountedAt string `json:"mounted_at"`
+}
+
+// What says what the repository is, in a word.
+func (r Repository) What() string {
+	if r.Layout != contentname.None {
+		return string(r.Layout)
+	}
+	return r.Kind
 }
 
 // Beside is something in a repository folder that is not mirrored, though
@@ -92,6 +106,9 @@ func (f *Found) named(mounts mountTable, r site.Repository) error {
 		found.ID = borg.ID
 	case errors.Is(err, ErrNotBorg):
 		found.Kind = pushwire.KindFiles
+		if found.Layout, found.Mark, err = ReadNamed(path); err != nil {
+			return err
+		}
 	default:
 		return hint.Because(err, `run "borg check %s"`, path)
 	}
@@ -123,7 +140,11 @@ func (f *Found) folder(mounts mountTable, s site.Folder) error {
 		}
 		borg, err := ReadBorg(path)
 		if errors.Is(err, ErrNotBorg) {
-			f.Beside = append(f.Beside, Beside{path, "not a Borg 1.x repository: name it as a repository to mirror it as plain files"})
+			why := "not a Borg 1.x repository: name it as a repository to mirror it as plain files"
+			if layout, _, err := ReadNamed(path); err == nil && layout != contentname.None {
+				why = layout.String() + ": name it as a repository to mirror it"
+			}
+			f.Beside = append(f.Beside, Beside{path, why})
 			continue
 		}
 		name := s.Prefix + e.Name()
