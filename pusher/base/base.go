@@ -5,15 +5,19 @@
 //
 // For each target and repository [Memory] keeps one file: of every segment the
 // entries' sizes and fingerprints, 10 to 12 bytes each, and which index, hints and
-// integrity files the generation has. The latter are kept whole, once for all
-// targets. [Memory.Plan] compares them with the files of the next push and gives, for
-// every file, the steps that build it.
+// integrity files the generation has. The latter are kept whole, as hard links
+// where several targets have the same. [Memory.Plan] compares them with the files of
+// the next push and gives, for every file, the steps that build it.
 //
 // Nothing here has to be true. A fingerprint that fits by accident, or a file that
 // rotted, makes the target build a file with another hash than the manifest's,
 // which it refuses ([farkeep/shared/recipe.Build]); the push then goes on without
 // copies. What is lost is made anew after the next commit, from the repository's
 // own entry headers. No passphrase is needed for any of it.
+//
+// Memory does not grow with the repository but with what is to be sent: 16 bytes
+// for each of its entries, and the entries of one segment. The notes are read once
+// for a plan and once to make the next.
 package base
 
 import (
@@ -23,7 +27,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"hash/fnv"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -72,13 +75,13 @@ var errDamaged = errors.New("the notes on what the target holds are damaged")
 //
 //	DIR/REPOSITORY/TARGET.base     what the target's newest generation holds
 //	DIR/REPOSITORY/TARGET.manifest its manifest
-//	DIR/REPOSITORY/kept/SUM        index, hints and integrity files of such generations
+//	DIR/REPOSITORY/kept/TARGET/SUM its index, hints and integrity files
 //
 // One process at a time may write it; its methods may be called concurrently.
 type Memory struct {
 	dir string
 	log *slog.Logger
-	mu  sync.Mutex // one Remember at a time: it removes what nothing refers to
+	mu  sync.Mutex // one Remember at a time: it looks at the notes of all targets
 }
 
 // Open names the folder; it is made when something is first written.
@@ -88,8 +91,8 @@ func (m *Memory) path(target, repository string) string {
 	return filepath.Join(m.dir, repository, target+".base")
 }
 
-func (m *Memory) kept(repository string, sum manifest.Sum) string {
-	return filepath.Join(m.dir, repository, "kept", sum.String())
+func (m *Memory) kept(target, repository string, sum manifest.Sum) string {
+	return filepath.Join(m.dir, repository, "kept", target, sum.String())
 }
 
 // Forget drops what is remembered of a target's generation.
@@ -107,9 +110,9 @@ func forget(path string) error {
 
 // Remember notes that target's newest generation of repository has the content of
 // list, a manifest with that digest, whose files open gives. Of segments that
-// were noted before nothing is read, of new ones the headers. open must give the
-// files as they were listed.
-func (m *Memory) Remember(ctx context.Context, target, repository string, digest manifest.Sum, list io.Reader, open func(path string) (*os.File, error)) (err error) {
+// were noted before, for this target or one that has the same generation, nothing
+// is read; of new ones the headers. open must give the files as they were listed.
+func (m *Memory) Remember(ctx context.Context, target, repository string, digest manifest.Sum, list io.ReadSeeker, open func(path string) (*os.File, error)) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("note what %s holds of %s: %w", target, repository, err)
@@ -117,10 +120,10 @@ func (m *Memory) Remember(ctx context.Context, target, repository string, digest
 	}()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := os.MkdirAll(filepath.Join(m.dir, repository, "kept"), 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Dir(m.kept(target, repository, digest)), 0o700); err != nil {
 		return err
 	}
-	old, err := m.open(target, repository)
+	old, err := openFile(m.path(target, repository))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case errors.Is(err, errDamaged):
@@ -130,14 +133,58 @@ func (m *Memory) Remember(ctx context.Context, target, repository string, digest
 	default:
 		defer old.close()
 		if old.digest == digest {
-			return nil
+			if err := old.drain(); err == nil {
+				return nil
+			}
+			m.log.Warn("made anew", "repository", repository, "target", target, "err", old.err)
+			old = nil
 		}
 	}
+	if other := m.same(target, repository, digest); other != nil {
+		defer other.close()
+		old = other
+	}
+	err = m.write(ctx, target, repository, digest, list, open, old)
+	if errors.Is(err, errDamaged) {
+		m.log.Warn("made anew", "repository", repository, "target", target, "err", err)
+		if _, err := list.Seek(0, io.SeekStart); err != nil {
+			return err
+		}
+		err = m.write(ctx, target, repository, digest, list, open, nil)
+	}
+	return err
+}
+
+// same opens the notes on another target, whichever, that has the generation with
+// that digest; nil if there is none.
+func (m *Memory) same(target, repository string, digest manifest.Sum) *reader {
+	paths, err := filepath.Glob(filepath.Join(m.dir, repository, "*.base"))
+	if err != nil {
+		return nil
+	}
+	for _, path := range paths {
+		if path == m.path(target, repository) {
+			continue
+		}
+		if r, err := openFile(path); err == nil {
+			if r.digest == digest {
+				return r
+			}
+			r.close()
+		}
+	}
+	return nil
+}
+
+// write makes the notes anew; what old has of the segments of list, it is spared
+// to read. It is errDamaged if that was not to be trusted.
+func (m *Memory) write(ctx context.Context, target, repository string, digest manifest.Sum, list io.Reader, open func(path string) (*os.File, error), old *reader) error {
 	w, err := m.create(target, repository, digest)
 	if err != nil {
 		return err
 	}
 	defer w.discard()
+	kept := map[string]bool{}
 	before := old.next() // nil: none any more
 	in := manifest.NewReader(list)
 	entries := borgsegment.NewReader(borgsegment.Headers)
@@ -160,9 +207,10 @@ func (m *Memory) Remember(ctx context.Context, target, repository string, digest
 		}
 		switch {
 		case isKept(e.Path) && e.Size <= MaxKept:
-			if err := m.keep(repository, e, open); err != nil {
+			if err := m.keep(target, repository, e, open); err != nil {
 				return err
 			}
+			kept[e.Sum.String()] = true
 			w.kept(e)
 		case !isSegment(e.Path):
 		case before != nil && before.path == e.Path && before.size == e.Size && before.sum == e.Sum && before.tag == tagSegment:
@@ -175,10 +223,14 @@ func (m *Memory) Remember(ctx context.Context, target, repository string, digest
 			w.segment(e, notes)
 		}
 	}
+	// Only at the end of them it is known that what they had was right.
+	if err := old.drain(); err != nil {
+		return err
+	}
 	if err := w.commit(); err != nil {
 		return err
 	}
-	return m.sweep(repository)
+	return m.sweep(target, repository, kept)
 }
 
 // read notes the entries of a segment; none of what is no segment.
@@ -202,16 +254,18 @@ func read(entries *borgsegment.Reader, e manifest.Entry, open func(string) (*os.
 }
 
 // fingerprint stands for an entry with all its bytes: two with the same key, size
-// and CRC are the same, or a hash finds out.
+// and CRC are the same, or a hash finds out. It is FNV-1a, as hash/fnv has it.
 func fingerprint(e *borgsegment.Entry) uint64 {
 	var b [borgsegment.KeyedSize]byte
 	binary.LittleEndian.PutUint32(b[:], e.CRC)
 	binary.LittleEndian.PutUint32(b[4:], e.Size)
 	b[8] = byte(e.Tag)
 	copy(b[borgsegment.HeaderSize:], e.Key[:])
-	h := fnv.New64a()
-	h.Write(b[:])
-	return h.Sum64()
+	h := uint64(14695981039346656037)
+	for _, c := range b {
+		h = (h ^ uint64(c)) * 1099511628211
+	}
+	return h
 }
 
 func isSegment(path string) bool {
@@ -235,11 +289,20 @@ func kind(path string) string {
 
 func isKept(path string) bool { return kind(path) != "" }
 
-// keep copies a file's content to kept/, unless it is there.
-func (m *Memory) keep(repository string, e manifest.Entry, open func(string) (*os.File, error)) error {
-	to := m.kept(repository, e.Sum)
+// keep gives target a file's content in kept/, unless it has it.
+func (m *Memory) keep(target, repository string, e manifest.Entry, open func(string) (*os.File, error)) error {
+	to := m.kept(target, repository, e.Sum)
 	if info, err := os.Stat(to); err == nil && info.Size() == e.Size {
 		return nil
+	}
+	others, err := filepath.Glob(m.kept("*", repository, e.Sum))
+	if err != nil {
+		return err
+	}
+	for _, other := range others {
+		if info, err := os.Stat(other); err == nil && info.Size() == e.Size && os.Link(other, to) == nil {
+			return nil
+		}
 	}
 	in, err := open(e.Path)
 	if err != nil {
@@ -249,32 +312,16 @@ func (m *Memory) keep(repository string, e manifest.Entry, open func(string) (*o
 	return replace(to, io.LimitReader(in, e.Size))
 }
 
-// sweep removes what no target's notes refer to.
-func (m *Memory) sweep(repository string) error {
-	used := map[string]bool{}
-	notes, err := filepath.Glob(filepath.Join(m.dir, repository, "*.base"))
-	if err != nil {
-		return err
-	}
-	for _, path := range notes {
-		r, err := openFile(path)
-		if err != nil {
-			continue // damaged, or gone: it keeps nothing
-		}
-		for n := r.next(); n != nil; n = r.next() {
-			if n.tag == tagKept {
-				used[n.sum.String()] = true
-			}
-		}
-		r.close()
-	}
-	kept, err := os.ReadDir(filepath.Join(m.dir, repository, "kept"))
+// sweep removes what is kept of target's generations before.
+func (m *Memory) sweep(target, repository string, used map[string]bool) error {
+	folder := filepath.Dir(m.kept(target, repository, manifest.Sum{}))
+	kept, err := os.ReadDir(folder)
 	if err != nil {
 		return err
 	}
 	for _, k := range kept {
 		if !used[k.Name()] {
-			if err := os.Remove(filepath.Join(m.dir, repository, "kept", k.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if err := forget(filepath.Join(folder, k.Name())); err != nil {
 				return err
 			}
 		}
@@ -311,18 +358,19 @@ func (n *note) each(visit func(fingerprint uint64, offset int64)) bool {
 	return true
 }
 
-// reader reads a target's file, whose end was found whole.
+// reader reads a target's file once, from its beginning to its end, where it turns
+// out whether its sum is right. All methods but close do nothing on a nil reader.
 type reader struct {
+	path   string
 	f      *os.File
 	r      *bufio.Reader
+	h      hash.Hash
 	size   int64 // of the file
 	digest manifest.Sum
 	buf    []byte
 	n      note
-}
-
-func (m *Memory) open(target, repository string) (*reader, error) {
-	return openFile(m.path(target, repository))
+	ended  bool
+	err    error // once ended: nil, or what is wrong with the file
 }
 
 func openFile(path string) (*reader, error) {
@@ -330,86 +378,102 @@ func openFile(path string) (*reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &reader{f: f}
-	if err := r.check(); err != nil {
+	r := &reader{path: path, f: f, h: manifest.NewHash()}
+	if err := r.head(); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, err
 	}
 	return r, nil
 }
 
-// check reads all of it once for its sum, so that what follows need not distrust it.
-func (r *reader) check() error {
+func (r *reader) damaged() error { return fmt.Errorf("%s: %w", r.path, errDamaged) }
+
+func (r *reader) head() error {
 	info, err := r.f.Stat()
 	if err != nil {
 		return err
 	}
 	r.size = info.Size()
-	body := r.size - int64(len(manifest.Sum{}))
-	if body < int64(len(magic)+len(manifest.Sum{})+1) {
-		return errDamaged
-	}
-	h := manifest.NewHash()
-	if _, err := io.Copy(h, io.NewSectionReader(r.f, 0, body)); err != nil {
-		return err
-	}
-	var sum manifest.Sum
-	if _, err := r.f.ReadAt(sum[:], body); err != nil {
-		return err
-	}
-	if sum != manifest.SumOf(h) {
-		return errDamaged
-	}
-	r.r = bufio.NewReaderSize(io.NewSectionReader(r.f, 0, body), 256<<10)
+	r.r = bufio.NewReaderSize(io.TeeReader(io.NewSectionReader(r.f, 0, r.body()), r.h), 256<<10)
 	var head [len(magic)]byte
 	if _, err := io.ReadFull(r.r, head[:]); err != nil || string(head[:]) != magic {
-		return errDamaged
+		return r.damaged()
 	}
-	_, err = io.ReadFull(r.r, r.digest[:])
-	return err
+	if _, err := io.ReadFull(r.r, r.digest[:]); err != nil {
+		return r.damaged()
+	}
+	return nil
 }
+
+// body is how much of the file the sum covers, in bytes.
+func (r *reader) body() int64 { return max(0, r.size-int64(len(manifest.Sum{}))) }
 
 func (r *reader) close() { r.f.Close() }
 
-// next returns the next record, nil at the end or where it makes no sense.
+// next returns the next record; nil at the end, and after it. What it returns is
+// bounded, and to be trusted only once drain has found the sum right.
 func (r *reader) next() *note {
-	if r == nil {
+	if r == nil || r.ended {
 		return nil
 	}
 	tag, err := r.r.ReadByte()
-	if err != nil || tag != tagSegment && tag != tagKept {
+	if err == nil && (tag == tagSegment || tag == tagKept) && r.record(tag) {
+		return &r.n
+	}
+	r.ended = true
+	var sum manifest.Sum
+	if tag == tagEnd && err == nil {
+		if _, err = r.r.ReadByte(); errors.Is(err, io.EOF) {
+			_, err = r.f.ReadAt(sum[:], r.body())
+		} else {
+			err = errDamaged
+		}
+	}
+	if err != nil || tag != tagEnd || sum != manifest.SumOf(r.h) {
+		r.err = r.damaged()
+	}
+	return nil
+}
+
+// drain reads what is left, and tells whether all of it was whole.
+func (r *reader) drain() error {
+	for r.next() != nil {
+	}
+	if r == nil {
 		return nil
 	}
+	return r.err
+}
+
+func (r *reader) record(tag byte) bool {
 	r.n = note{tag: tag}
 	length, ok := r.uvarint(manifest.MaxPath)
 	if !ok {
-		return nil
+		return false
 	}
 	path := make([]byte, length)
 	if _, err := io.ReadFull(r.r, path); err != nil || manifest.CheckPath(string(path)) != nil {
-		return nil
+		return false
 	}
 	r.n.path = string(path)
 	if r.n.size, ok = r.uvarint(manifest.MaxFileSize); !ok {
-		return nil
+		return false
 	}
 	if _, err := io.ReadFull(r.r, r.n.sum[:]); err != nil {
-		return nil
+		return false
 	}
 	if tag == tagKept {
-		return &r.n
+		return true
 	}
 	if length, ok = r.uvarint(min(maxNotes, r.size)); !ok {
-		return nil
+		return false
 	}
 	if int64(cap(r.buf)) < length {
 		r.buf = make([]byte, length)
 	}
 	r.n.notes = r.buf[:length]
-	if _, err := io.ReadFull(r.r, r.n.notes); err != nil {
-		return nil
-	}
-	return &r.n
+	_, err := io.ReadFull(r.r, r.n.notes)
+	return err == nil
 }
 
 func (r *reader) uvarint(limit int64) (int64, bool) {

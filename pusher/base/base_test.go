@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
@@ -271,14 +270,13 @@ func TestVersions(t *testing.T) {
 		is.mustBuild(is.plan(m, digest), "index.9", was, max(0, int64(len(content)-len(index))))
 		_ = name
 	}
-	kept, err := os.ReadDir(filepath.Join(m.dir, "photos", "kept"))
+	folder := filepath.Join(m.dir, "photos", "kept", "vault")
+	kept, err := os.ReadDir(folder)
 	if err != nil || len(kept) != 3 {
 		t.Fatal(kept, err)
 	}
-	for _, k := range kept {
-		if err := os.Remove(filepath.Join(m.dir, "photos", "kept", k.Name())); err != nil {
-			t.Fatal(err)
-		}
+	if err := os.RemoveAll(folder); err != nil {
+		t.Fatal(err)
 	}
 	is.mustBuild(p, "index.7", was, 600_000)
 }
@@ -305,7 +303,10 @@ func TestAnyVersions(t *testing.T) {
 				copy(now[at:], random(r.Uint64(), r.IntN(80)))
 			}
 		}
-		for name, compare := range map[string]func(*steps, string, io.Reader, io.Reader) error{"same": samePlaces, "moved": movedPlaces} {
+		for name, compare := range map[string]func(*steps, string, sized, sized) error{
+			"same":  func(s *steps, path string, was, is sized) error { return samePlaces(s, path, was, is) },
+			"moved": movedPlaces,
+		} {
 			var s steps
 			if err := compare(&s, "old", bytes.NewReader(old), bytes.NewReader(now)); err != nil {
 				t.Fatal(err)
@@ -354,13 +355,33 @@ func TestRememberAgain(t *testing.T) {
 	if want := []string{"data/0/20", "data/0/4", "index.2"}; err != nil || !slices.Equal(read, want) {
 		t.Errorf("read %v, %v; want %v", read, err, want)
 	}
-	kept, _ := os.ReadDir(filepath.Join(m.dir, "photos", "kept"))
-	if len(kept) != 2 {
-		t.Errorf("kept: %v; the NAS still has the old index", kept)
+	kept := func(target string) []os.FileInfo {
+		files, err := filepath.Glob(filepath.Join(m.dir, "photos", "kept", target, "*"))
+		if err != nil || len(files) != 1 {
+			t.Errorf("kept for %s: %v, %v", target, files, err)
+		}
+		var all []os.FileInfo
+		for _, f := range files {
+			info, err := os.Stat(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, info)
+		}
+		return all
 	}
-	is.remember(m, "nas")
-	if kept, _ = os.ReadDir(filepath.Join(m.dir, "photos", "kept")); len(kept) != 1 {
-		t.Errorf("kept: %v", kept)
+	if os.SameFile(kept("vault")[0], kept("nas")[0]) {
+		t.Error("the NAS still has the old index, and the new one is kept for it")
+	}
+	// What one target has need not be read for another.
+	raw, digest, _ = is.list()
+	if err := m.Remember(t.Context(), "nas", "photos", digest, bytes.NewReader(raw), func(path string) (*os.File, error) {
+		return nil, fmt.Errorf("%s is read", path)
+	}); err != nil {
+		t.Error(err)
+	}
+	if !os.SameFile(kept("vault")[0], kept("nas")[0]) {
+		t.Error("the same index is kept twice")
 	}
 	// What was carried over is what reading it again gives.
 	fresh := memory(t)
@@ -387,7 +408,7 @@ func TestDamage(t *testing.T) {
 		if err := os.WriteFile(m.path("vault", "photos"), bad, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := m.open("vault", "photos"); !errors.Is(err, errDamaged) {
+		if _, err := drained(m.path("vault", "photos")); !errors.Is(err, errDamaged) {
 			t.Fatalf("byte %d: %v", i, err)
 		}
 	}
@@ -395,9 +416,28 @@ func TestDamage(t *testing.T) {
 		if err := os.WriteFile(m.path("vault", "photos"), whole[:n], 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := m.open("vault", "photos"); !errors.Is(err, errDamaged) {
+		if _, err := drained(m.path("vault", "photos")); !errors.Is(err, errDamaged) {
 			t.Fatalf("%d bytes: %v", n, err)
 		}
+	}
+	// Damage of which the beginning knows nothing is found while they are carried over.
+	changed := newTree(t, map[string][]byte{"data/0/1": segment(entry(borgsegment.Put, 1, random(1, 300))), "data/0/2": segment()})
+	bad := bytes.Clone(whole)
+	bad[len(bad)-40] ^= 1
+	if err := os.WriteFile(m.path("vault", "photos"), bad, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Plan(t.Context(), "vault", "photos", digest, func(func(manifest.Entry) error) error { return nil }, r.open); !errors.Is(err, errDamaged) {
+		t.Errorf("a plan with damaged notes: %v", err)
+	}
+	changed.remember(m, "vault")
+	fresh := memory(t)
+	changed.remember(fresh, "vault")
+	if a, b := mustRead(t, m.path("vault", "photos")), mustRead(t, fresh.path("vault", "photos")); !bytes.Equal(a, b) {
+		t.Errorf("after damage: %d bytes; read anew: %d", len(a), len(b))
+	}
+	if err := os.WriteFile(m.path("vault", "photos"), bad, 0o600); err != nil {
+		t.Fatal(err)
 	}
 	r.remember(m, "vault")
 	if p := r.plan(m, digest); p == nil {
@@ -406,6 +446,25 @@ func TestDamage(t *testing.T) {
 	if again, err := os.ReadFile(m.path("vault", "photos")); err != nil || !bytes.Equal(again, whole) {
 		t.Errorf("made anew they are %d bytes, not %d; %v", len(again), len(whole), err)
 	}
+}
+
+// drained reads notes to their end.
+func drained(path string) (*reader, error) {
+	r, err := openFile(path)
+	if err != nil {
+		return nil, err
+	}
+	defer r.close()
+	return r, r.drain()
+}
+
+func mustRead(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 // FuzzRead reads notes whose sum is right and whose content is anything.
@@ -432,6 +491,14 @@ func FuzzRead(f *testing.F) {
 			return
 		}
 		defer r.close()
+		defer func() {
+			if err := os.WriteFile(path, append(bytes.Clone(body), make([]byte, 32)...), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := drained(path); !errors.Is(err, errDamaged) {
+				t.Fatalf("with another sum: %v", err)
+			}
+		}()
 		seen := 0
 		for n := r.next(); n != nil; n = r.next() {
 			if seen += len(n.notes) + 1; seen > len(body) {

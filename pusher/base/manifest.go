@@ -32,6 +32,11 @@ func (m *Memory) KeepManifest(target, repository, list string, made bool) error 
 	return nil
 }
 
+// Kept is the digest of the manifest that KeepManifest kept; zero: there is none.
+func (m *Memory) Kept(target, repository string) manifest.Sum {
+	return digestOf(m.manifest(target, repository))
+}
+
 // ForgetManifest drops what KeepManifest kept.
 func (m *Memory) ForgetManifest(target, repository string) error {
 	return forget(m.manifest(target, repository))

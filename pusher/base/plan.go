@@ -28,6 +28,7 @@ type Step struct {
 // Plan knows where the base has what the files to send consist of.
 type Plan struct {
 	memory     *Memory
+	target     string
 	repository string
 	wanted     []uint64 // fingerprints, sorted
 	places     []place  // of each of them
@@ -49,8 +50,9 @@ type keptFile struct {
 // manifest's order and open opens, in what is remembered of the generation with
 // that digest. It is nil, without an error, when that is not remembered.
 func (m *Memory) Plan(ctx context.Context, target, repository string, digest manifest.Sum, needed func(yield func(manifest.Entry) error) error, open func(path string) (*os.File, error)) (*Plan, error) {
-	r, err := m.open(target, repository)
+	r, err := openFile(m.path(target, repository))
 	if errors.Is(err, fs.ErrNotExist) {
+		m.log.Info("what the target holds was not noted: nothing is copied there", "repository", repository, "target", target)
 		return nil, nil
 	}
 	if err != nil {
@@ -58,9 +60,10 @@ func (m *Memory) Plan(ctx context.Context, target, repository string, digest man
 	}
 	defer r.close()
 	if r.digest != digest {
+		m.log.Info("what was noted is of another generation than the target's newest: nothing is copied there", "repository", repository, "target", target)
 		return nil, nil
 	}
-	p := &Plan{memory: m, repository: repository, kept: map[string]keptFile{}, entries: borgsegment.NewReader(borgsegment.Headers)}
+	p := &Plan{memory: m, target: target, repository: repository, kept: map[string]keptFile{}, entries: borgsegment.NewReader(borgsegment.Headers)}
 	if err := needed(func(e manifest.Entry) error { return p.want(ctx, e, open) }); err != nil {
 		return nil, err
 	}
@@ -88,7 +91,7 @@ func (m *Memory) Plan(ctx context.Context, target, repository string, digest man
 			p.places[at] = place{uint32(len(p.files)), uint32(offset)}
 		})
 	}
-	return p, nil
+	return p, r.drain()
 }
 
 // want collects the fingerprints of a segment that is to be sent.
@@ -107,12 +110,15 @@ func (p *Plan) want(ctx context.Context, e manifest.Entry, open func(string) (*o
 	p.entries.Reset(f, e.Size)
 	var entry borgsegment.Entry
 	for p.entries.Next(&entry) && len(p.wanted) < maxWanted {
-		if entry.Tag == borgsegment.Put {
+		if worth(&entry) {
 			p.wanted = append(p.wanted, fingerprint(&entry))
 		}
 	}
 	return ignoreFormat(p.entries.Err())
 }
+
+// worth reports whether an entry is worth a copy.
+func worth(e *borgsegment.Entry) bool { return e.Tag == borgsegment.Put && e.Size >= minCopy }
 
 func ignoreFormat(err error) error {
 	var format *borgsegment.FormatError
@@ -174,7 +180,7 @@ func (p *Plan) segment(s *steps, e manifest.Entry, f *os.File) error {
 	var entry borgsegment.Entry
 	for p.entries.Next(&entry) {
 		at, ok := place{}, false
-		if entry.Tag == borgsegment.Put && entry.Size >= minCopy {
+		if worth(&entry) {
 			at, ok = p.find(&entry)
 		}
 		if !ok {
@@ -195,7 +201,7 @@ func (p *Plan) version(s *steps, e manifest.Entry, f *os.File) error {
 	if !ok || e.Size > MaxKept {
 		return nil
 	}
-	was, err := os.Open(p.memory.kept(p.repository, old.sum))
+	was, err := os.Open(p.memory.kept(p.target, p.repository, old.sum))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -273,24 +279,70 @@ const (
 	factor = 0x9e3779b97f4a7c15
 )
 
+// sized is a reader that knows how much it has.
+type sized interface {
+	io.Reader
+	Size() int64
+}
+
+func readAll(r sized) ([]byte, error) {
+	b := make([]byte, r.Size())
+	_, err := io.ReadFull(r, b)
+	return b, err
+}
+
+// pieces finds the pieces of grain bytes that old consists of: a hash table of
+// their numbers, at most half full.
+type pieces struct {
+	old   []byte
+	table []uint32 // number of the piece, from 1; 0: none
+	shift int
+}
+
+func newPieces(old []byte) *pieces {
+	p := &pieces{old: old, shift: 64}
+	n := 1
+	for ; n < 2*(len(old)/grain)+2; n *= 2 {
+		p.shift--
+	}
+	p.table = make([]uint32, n)
+	for i := 0; i+grain <= len(old); i += grain {
+		piece := old[i : i+grain]
+		if slot, taken := p.slot(roll(piece), piece); !taken {
+			p.table[slot] = uint32(i/grain) + 1
+		}
+	}
+	return p
+}
+
+// slot is where piece, whose hash is h, is or would be.
+func (p *pieces) slot(h uint64, piece []byte) (slot int, taken bool) {
+	for slot = int(h * factor >> p.shift); p.table[slot] != 0; slot = (slot + 1) % len(p.table) {
+		if bytes.Equal(p.at(slot), piece) {
+			return slot, true
+		}
+	}
+	return slot, false
+}
+
+func (p *pieces) at(slot int) []byte {
+	i := int(p.table[slot]-1) * grain
+	return p.old[i : i+grain]
+}
+
 // movedPlaces copies what is found anywhere in the old version, in pieces of
 // grain bytes that are then extended (the idea of rsync's algorithm, with the old
 // bytes at hand).
-func movedPlaces(s *steps, path string, was, is io.Reader) error {
-	old, err := io.ReadAll(was)
+func movedPlaces(s *steps, path string, was, is sized) error {
+	old, err := readAll(was)
 	if err != nil {
 		return err
 	}
-	now, err := io.ReadAll(is)
+	now, err := readAll(is)
 	if err != nil {
 		return err
 	}
-	pieces := make(map[uint64]int, len(old)/grain)
-	for i := 0; i+grain <= len(old); i += grain {
-		if h := roll(old[i : i+grain]); pieces[h] == 0 {
-			pieces[h] = i + 1
-		}
-	}
+	pieces := newPieces(old)
 	out := uint64(1) // factor to the power of grain-1: the weight of the byte that leaves
 	for range grain - 1 {
 		out *= factor
@@ -300,15 +352,15 @@ func movedPlaces(s *steps, path string, was, is io.Reader) error {
 		if !valid {
 			h, valid = roll(now[i:i+grain]), true
 		}
-		at := pieces[h] - 1
-		if at < 0 || !bytes.Equal(old[at:at+grain], now[i:i+grain]) {
+		slot, found := pieces.slot(h, now[i:i+grain])
+		if !found {
 			if i+grain < len(now) {
 				h = (h-uint64(now[i])*out)*factor + uint64(now[i+grain])
 			}
 			i++
 			continue
 		}
-		start := i
+		start, at := i, int(pieces.table[slot]-1)*grain
 		for start > int(s.length) && at > 0 && old[at-1] == now[start-1] {
 			start, at = start-1, at-1
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -38,7 +37,7 @@ type list struct {
 	listing.Result
 }
 
-func (l *list) open() (io.ReadCloser, error) { return os.Open(l.path) }
+func (l *list) open() (*os.File, error) { return os.Open(l.path) }
 
 func (l *list) remove() {
 	if l != nil {
