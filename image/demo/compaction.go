@@ -95,7 +95,8 @@ func (d *show) compactionDay(ctx context.Context) (c compaction, err error) {
 	return c, err
 }
 
-// interrupted begins a push and has stop end it once bytes have gone out.
+// interrupted begins a push and has stop end it once bytes have gone out. The
+// push has a limit, so that little is under way at that moment.
 func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, stop func() error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -105,7 +106,7 @@ func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, sto
 	}
 	pushed := make(chan end, 1)
 	go func() {
-		out, err := d.s.Push(ctx, "--target", d.vault.Name)
+		out, err := d.s.Push(ctx, "--target", d.vault.Name, "--rate-limit", "100000")
 		pushed <- end{out, err}
 	}()
 	if err := d.uploading(ctx, d.vault, bytes); err != nil {
