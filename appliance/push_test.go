@@ -174,7 +174,7 @@ func (s source) offer(t *testing.T, to target.Target, repository string) (target
 	t.Helper()
 	o, encoded, _ := s.list(t)
 	for {
-		answer, err := to.Offer(t.Context(), repository, o, func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(encoded)), nil })
+		answer, err := to.Offer(t.Context(), repository, o, target.List{Open: func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(encoded)), nil }})
 		if !target.Temporary(err) || t.Context().Err() != nil {
 			return answer, err
 		}

@@ -354,7 +354,7 @@ func (c tree) list() (pushwire.Offer, []byte) {
 }
 
 func opener(list []byte) target.List {
-	return func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(list)), nil }
+	return target.List{Open: func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(list)), nil }}
 }
 
 // stream writes the recipe stream that an answer asks for.

@@ -27,6 +27,10 @@ import (
 	"farkeep/shared/sshverb"
 )
 
+// wakeLasts is how long a disk that was found open is not asked about again. It
+// stays open for some minutes after each verb; should it not, the next verb says so.
+const wakeLasts = time.Minute
+
 // maxAnswer bounds an answer that is not a line of an offer, in bytes.
 const maxAnswer = 1 << 20
 
@@ -46,8 +50,10 @@ type Config struct {
 type Appliance struct {
 	config Config
 
-	mu     sync.Mutex // guards client
+	mu     sync.Mutex // guards the fields below
 	client *sshverb.Client
+	// awake is when a verb last ended that found the disk open; zero: not known.
+	awake time.Time
 }
 
 var _ target.Target = (*Appliance)(nil)
@@ -71,7 +77,7 @@ func (a *Appliance) Close() error {
 		return nil
 	}
 	err := a.client.Close()
-	a.client = nil
+	a.client, a.awake = nil, time.Time{}
 	return err
 }
 
@@ -84,6 +90,7 @@ func (a *Appliance) connected(ctx context.Context) (*sshverb.Client, error) {
 	}
 	client, err := sshverb.Dial(ctx, sshverb.Peer{
 		Address: a.config.Address, User: "farkeep", Identity: a.config.Identity, HostKey: a.config.HostKey, DialContext: a.config.DialContext,
+		Ahead: true,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("appliance %s: %w", a.config.Name, err)
@@ -96,6 +103,7 @@ func (a *Appliance) connected(ctx context.Context) (*sshverb.Client, error) {
 // ended names the appliance in err, and forgets a connection that broke so that
 // the next verb makes a new one.
 func (a *Appliance) ended(client *sshverb.Client, err error) error {
+	a.foundAwake(err == nil)
 	if err == nil {
 		return nil
 	}
@@ -108,6 +116,22 @@ func (a *Appliance) ended(client *sshverb.Client, err error) error {
 		client.Close()
 	}
 	return fmt.Errorf("appliance %s: %w", a.config.Name, err)
+}
+
+// foundAwake notes whether the verb that just ended found the disk open.
+func (a *Appliance) foundAwake(is bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.awake = time.Time{}
+	if is {
+		a.awake = time.Now() // monotonic
+	}
+}
+
+func (a *Appliance) isAwake() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return !a.awake.IsZero() && time.Since(a.awake) < wakeLasts
 }
 
 // run carries out a verb with a JSON line in (nil for none) and decodes the
@@ -133,8 +157,12 @@ func (a *Appliance) run(ctx context.Context, verb string, in, out any) error {
 	return a.ended(client, err)
 }
 
-// Wake implements target.Target: it asks for the disk and waits until it is mounted.
+// Wake implements target.Target: it asks for the disk and waits until it is mounted,
+// unless a verb just used it.
 func (a *Appliance) Wake(ctx context.Context) error {
+	if a.isAwake() {
+		return nil
+	}
 	wait := a.config.WakeWait
 	if deadline, ok := ctx.Deadline(); ok {
 		wait = min(wait, time.Until(deadline))
@@ -144,6 +172,7 @@ func (a *Appliance) Wake(ctx context.Context) error {
 		return err
 	}
 	if !disk.Mounted {
+		a.foundAwake(false)
 		why := disk.Error
 		if why == "" {
 			why = "it gives no reason"
@@ -174,23 +203,31 @@ func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repositor
 	if err := send(d, func(w io.Writer) error { return pushwire.WriteLine(w, offer) }); err != nil {
 		return answer, err
 	}
+	if list.Ahead != nil {
+		// It fits into the session's window: nothing is waited for. Who has no use for
+		// it says so in the answer.
+		d.Stdin.Write(list.Ahead)
+		d.Stdin.Close()
+	}
 	if err := receive(d, r, &answer.OfferAnswer); err != nil {
 		return answer, err
 	}
 	if answer.Answer == pushwire.AnswerSendManifest {
-		source, err := list(answer.BaseDigest)
-		if err != nil {
-			return answer, err
+		if list.Ahead == nil {
+			source, err := list.Open(answer.BaseDigest)
+			if err != nil {
+				return answer, err
+			}
+			defer source.Close()
+			err = send(d, func(w io.Writer) error {
+				_, err := io.Copy(w, source)
+				return err
+			})
+			if err != nil {
+				return answer, err
+			}
+			d.Stdin.Close()
 		}
-		defer source.Close()
-		err = send(d, func(w io.Writer) error {
-			_, err := io.Copy(w, source)
-			return err
-		})
-		if err != nil {
-			return answer, err
-		}
-		d.Stdin.Close()
 		answer.OfferAnswer = pushwire.OfferAnswer{}
 		if err := receive(d, r, &answer.OfferAnswer); err != nil {
 			return answer, err
@@ -255,7 +292,9 @@ func (a *Appliance) Heartbeat(ctx context.Context, h pushwire.Heartbeat) error {
 // Status implements target.Target.
 func (a *Appliance) Status(ctx context.Context) (*pushwire.Status, error) {
 	s := &pushwire.Status{}
-	if err := a.run(ctx, "status --json", nil, s); err != nil {
+	err := a.run(ctx, "status --json", nil, s)
+	a.foundAwake(false) // it needs no open disk
+	if err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -263,7 +302,9 @@ func (a *Appliance) Status(ctx context.Context) (*pushwire.Status, error) {
 
 // Sleep asks the appliance to close its disk when nobody else uses it.
 func (a *Appliance) Sleep(ctx context.Context) error {
-	return a.run(ctx, "sleep", nil, nil)
+	err := a.run(ctx, "sleep", nil, nil)
+	a.foundAwake(false)
+	return err
 }
 
 // send writes to a verb. When the peer ended the verb early its reason is the

@@ -66,7 +66,7 @@ func start(t *testing.T, exec sshverb.Handler) *appliance.Appliance {
 }
 
 func list(text string) target.List {
-	return func(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(text)), nil }
+	return target.List{Open: func(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(text)), nil }}
 }
 
 func TestOffer(t *testing.T) {

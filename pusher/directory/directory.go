@@ -162,7 +162,7 @@ func (d *Directory) offer(ctx context.Context, repository string, offer pushwire
 }
 
 func takeManifest(ctx context.Context, tx *generations.Transaction, list target.List) (generations.Answer, error) {
-	r, err := list("") // nothing is gained by a delta within a machine
+	r, err := list.Open("") // nothing is gained by a delta within a machine
 	if err != nil {
 		return generations.Answer{}, err
 	}

@@ -12,6 +12,7 @@
 package push
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -185,10 +186,22 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 	beat := Beat{Target: t.Name()}
 	outcomes := make([]Outcome, 0, len(pictures))
 	failed := false
-	// An unreachable target is found out before anything is frozen for it.
-	awake := p.retry(ctx, t, nil, func() error { return t.Wake(ctx) })
+	// An unreachable target is found out before anything is frozen for it. While plain
+	// files are read, which nobody has to wait for, the target wakes.
+	var awake error
+	asked := false
+	early, stop := context.WithCancel(ctx)
+	var waking sync.WaitGroup
+	defer waking.Wait()
+	defer stop()
 	for _, pic := range pictures {
 		start := p.Now()
+		switch frozen := pic.repository.Kind != pushwire.KindFiles; {
+		case frozen && !asked:
+			awake, asked = p.retry(ctx, t, nil, func() error { return t.Wake(ctx) }), true
+		case len(outcomes) == 0:
+			waking.Go(func() { t.Wake(early) }) // its error comes again with the offer
+		}
 		o := Outcome{Repository: pic.repository.Name, Target: t.Name(), Err: awake}
 		if o.Err == nil {
 			o.Err = p.one(ctx, t, pic, &o, lane)
@@ -307,12 +320,17 @@ func (e *commitError) Unwrap() error { return e.err }
 // compares each with the list as it is read; else the target alone does that, which
 // spares a third of the pusher's processor time.
 func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list, careful bool, o *Outcome, lane *progress.Lane) error {
-	if err := t.Wake(ctx); err != nil {
-		return err
-	}
 	r := pic.repository
 	offer := pushwire.Offer{Digest: l.Digest.String(), Entries: l.Entries, Bytes: l.Bytes, Kind: r.Kind, RepositoryID: r.ID}
 	answer, err := p.offer(ctx, t, r.Name, offer, l)
+	if target.Temporary(err) && ctx.Err() == nil {
+		// The disk is not open yet, or not any more. On most nights it is: asking first
+		// would cost a round trip.
+		if err := t.Wake(ctx); err != nil {
+			return err
+		}
+		answer, err = p.offer(ctx, t, r.Name, offer, l)
+	}
 	if err != nil {
 		return err
 	}
@@ -359,17 +377,45 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 // offer offers, with a delta of the manifest where the target has the one before.
 func (p *Push) offer(ctx context.Context, t target.Target, repository string, offer pushwire.Offer, l *list) (target.Answer, error) {
 	delta := false
-	answer, err := t.Offer(ctx, repository, offer, func(base string) (io.ReadCloser, error) {
+	open := func(base string) (io.ReadCloser, error) {
 		r, err := p.bases.Delta(t.Name(), repository, base, l.path, p.state("work", ""))
 		if err != nil {
 			p.Log.Warn("sending the whole manifest", "repository", repository, "target", t.Name(), "err", err)
 		}
+		delta = r != nil
 		if r == nil {
 			return l.open()
 		}
-		delta = true
 		return r, nil
-	})
+	}
+	list := target.List{Open: open}
+	if kept := p.bases.Kept(t.Name(), repository); kept != l.Digest {
+		// It will be asked for: at home the repository is not what went there last.
+		// While it is little it goes at once, which spares a round trip.
+		base := kept.String()
+		if kept == (manifest.Sum{}) {
+			base = ""
+		}
+		expected, err := open(base)
+		if err != nil {
+			return target.Answer{}, err
+		}
+		defer expected.Close()
+		head, err := io.ReadAll(io.LimitReader(expected, target.MaxAhead+1))
+		if err != nil {
+			return target.Answer{}, err
+		}
+		if len(head) <= target.MaxAhead {
+			list.Ahead = head
+		}
+		list.Open = func(asked string) (io.ReadCloser, error) {
+			if asked != base {
+				return open(asked)
+			}
+			return io.NopCloser(io.MultiReader(bytes.NewReader(head), expected)), nil
+		}
+	}
+	answer, err := t.Offer(ctx, repository, offer, list)
 	if err == nil || !delta || target.Temporary(err) || ctx.Err() != nil {
 		return answer, err
 	}
@@ -379,7 +425,7 @@ func (p *Push) offer(ctx context.Context, t target.Target, repository string, of
 	if err := p.bases.ForgetManifest(t.Name(), repository); err != nil {
 		return answer, err
 	}
-	return t.Offer(ctx, repository, offer, func(string) (io.ReadCloser, error) { return l.open() })
+	return t.Offer(ctx, repository, offer, target.List{Open: func(string) (io.ReadCloser, error) { return l.open() }})
 }
 
 func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *list, answer target.Answer, careful bool, o *Outcome, lane *progress.Lane) error {

@@ -360,8 +360,8 @@ func TestManifestDelta(t *testing.T) {
 	var base string
 	var listed [][]byte
 	w.list = func(list target.List) target.List {
-		return func(string) (io.ReadCloser, error) {
-			r, err := list(base)
+		return target.List{Open: func(string) (io.ReadCloser, error) {
+			r, err := list.Open(base)
 			if err != nil {
 				return nil, err
 			}
@@ -369,7 +369,7 @@ func TestManifestDelta(t *testing.T) {
 			got, err := io.ReadAll(r)
 			listed = append(listed, got)
 			return io.NopCloser(bytes.NewReader(got)), err
-		}
+		}}
 	}
 	// push changes a file, pushes, and says how the manifest went.
 	push := func(content string) (sizes []int) {

@@ -31,9 +31,8 @@ type Target interface {
 	// ctx allows: an appliance opens its disk. It is cheap when all is ready.
 	Wake(ctx context.Context) error
 
-	// Offer says what the repository looks like now. list opens the manifest,
-	// whose summary the offer repeats, or a delta of the one with the digest base,
-	// which the target has; base may be "". It is called only when the target asks.
+	// Offer says what the repository looks like now, and list has the manifest whose
+	// summary the offer repeats. It may be called beside Wake.
 	Offer(ctx context.Context, repository string, offer pushwire.Offer, list List) (Answer, error)
 
 	// Upload sends one recipe stream (package shared/recipe) with the needed files,
@@ -59,8 +58,18 @@ type Target interface {
 	Close() error
 }
 
-// List opens a manifest, or a delta of the one with the digest base, hex; "": none.
-type List func(base string) (io.ReadCloser, error)
+// MaxAhead bounds List.Ahead, in bytes.
+const MaxAhead = 128 << 10
+
+// List is a manifest.
+type List struct {
+	// Open opens the manifest, or a delta of the one with the digest base, hex, which
+	// the target has; "": none. It is called only when the target asks.
+	Open func(base string) (io.ReadCloser, error)
+	// Ahead, if it is not nil, is what the target is likely to ask for. It may be sent
+	// before it does, and Open is not called then.
+	Ahead []byte
+}
 
 // Answer is the answer to an offer.
 type Answer struct {

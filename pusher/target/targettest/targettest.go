@@ -64,10 +64,10 @@ func offer(t testing.TB, to target.Target, repository string, tr tree) *push {
 	o, encoded, entries := tr.list(t)
 	p := &push{entries: entries, tree: tr}
 	var err error
-	p.Answer, err = to.Offer(t.Context(), repository, o, func(string) (io.ReadCloser, error) {
+	p.Answer, err = to.Offer(t.Context(), repository, o, target.List{Open: func(string) (io.ReadCloser, error) {
 		p.listed++
 		return io.NopCloser(bytes.NewReader(encoded)), nil
-	})
+	}})
 	if err != nil {
 		t.Fatalf("offer: %v", err)
 	}
@@ -160,6 +160,47 @@ func Run(t *testing.T, open func(t *testing.T) target.Target) {
 		if back.Answer.Answer != pushwire.AnswerSend {
 			t.Errorf("an older state: %+v", back.OfferAnswer)
 		}
+	})
+
+	// A manifest that comes before it is asked for is taken as if it had been, and
+	// harms nothing where it is not.
+	t.Run("ManifestAhead", func(t *testing.T) {
+		to := awake(t)
+		listed := 0
+		ahead := func(tr tree) target.Answer {
+			t.Helper()
+			o, encoded, _ := tr.list(t)
+			answer, err := to.Offer(t.Context(), "photos", o, target.List{Ahead: encoded, Open: func(string) (io.ReadCloser, error) {
+				listed++
+				return io.NopCloser(bytes.NewReader(encoded)), nil
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return answer
+		}
+		if a := ahead(home); a.Answer != pushwire.AnswerSend || a.Needed.Len() != 3 {
+			t.Fatalf("%+v", a.OfferAnswer)
+		}
+		deliver(t, to, "photos", home)
+		long := tree{}
+		for i := range 2000 {
+			long[fmt.Sprintf("%04d", i)] = "the same"
+		}
+		deliver(t, to, "photos", long)
+		for range 3 {
+			if a := ahead(long); a.Answer != pushwire.AnswerSame {
+				t.Fatalf("unchanged: %+v", a.OfferAnswer)
+			}
+		}
+		// One that is not the offer's is refused, as always.
+		o, _, _ := tree{"x": "y"}.list(t)
+		_, other, _ := home.list(t)
+		whole := func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(other)), nil }
+		if a, err := to.Offer(t.Context(), "photos", o, target.List{Ahead: other, Open: whole}); err == nil || target.Temporary(err) {
+			t.Errorf("another manifest than the offer's: %+v, %v", a.OfferAnswer, err)
+		}
+		deliver(t, to, "photos", home)
 	})
 
 	t.Run("CommitNeedsTheUpload", func(t *testing.T) {
@@ -259,7 +300,7 @@ func Run(t *testing.T, open func(t *testing.T) target.Target) {
 	t.Run("BadOffers", func(t *testing.T) {
 		to := awake(t)
 		good, encoded, _ := home.list(t)
-		list := func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(encoded)), nil }
+		list := target.List{Open: func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(encoded)), nil }}
 		wrong := good
 		wrong.Entries++
 		for _, c := range []struct {
