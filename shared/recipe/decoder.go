@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+
+	"github.com/klauspost/compress/zstd"
 
 	"farkeep/shared/manifest"
 )
@@ -32,6 +35,8 @@ type Decoder struct {
 	r      *bufio.Reader
 	offset int64
 	frame  []byte
+	packed []byte        // as it came
+	zstd   *zstd.Decoder // nil until something packed comes
 	source string
 	files  int64
 	last   int64
@@ -146,6 +151,12 @@ func (d *Decoder) op() (op Op, err error) {
 		}
 		op.Data = d.frame[:op.Length]
 		err = d.full(op.Data)
+	case tagPacked:
+		op.Kind = Data
+		if op.Length, err = d.length(MaxFrame); err != nil {
+			return op, err
+		}
+		op.Data, err = d.unpack(int(op.Length))
 	case End:
 		if d.done != d.size {
 			return op, fmt.Errorf("the file ends after %d bytes, %d were announced", d.done, d.size)
@@ -156,6 +167,44 @@ func (d *Decoder) op() (op Op, err error) {
 		return op, fmt.Errorf("%q is not an operation", tag)
 	}
 	return op, err
+}
+
+// unpack reads a compressed piece of n bytes. What it takes of memory does not
+// depend on what the piece says of itself: the output has its room before, and the
+// window lies in it.
+func (d *Decoder) unpack(n int) ([]byte, error) {
+	packed, err := d.uvarint(int64(n)-1, "packed length")
+	if err != nil {
+		return nil, err
+	}
+	if d.zstd == nil {
+		if d.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxMemory(MaxFrame), zstd.WithDecoderMaxWindow(MaxFrame), zstd.WithDecodeAllCapLimit(true)); err != nil {
+			return nil, err
+		}
+	}
+	if d.frame == nil {
+		d.frame = make([]byte, MaxFrame)
+	}
+	d.packed = slices.Grow(d.packed[:0], int(packed))[:packed]
+	if err := d.full(d.packed); err != nil {
+		return nil, err
+	}
+	var h zstd.Header
+	if err := h.Decode(d.packed); err != nil {
+		return nil, fmt.Errorf("a packed piece: %w", err)
+	}
+	if h.Skippable || h.DictionaryID != 0 || !h.HasFCS || h.FrameContentSize != uint64(n) {
+		return nil, fmt.Errorf("a packed piece that is not one zstd frame of %d bytes", n)
+	}
+	got, err := d.zstd.DecodeAll(d.packed, d.frame[:0:n])
+	if err == nil && len(got) != n {
+		err = fmt.Errorf("it has %d bytes", len(got))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("a packed piece of %d bytes: %w", n, err)
+	}
+	return got, nil
 }
 
 // length reads an operation's length and charges it to the file.

@@ -2,10 +2,12 @@ package recipe_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"farkeep/shared/recipe"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/zstd"
 )
 
 func sum(s string) manifest.Sum {
@@ -50,6 +53,9 @@ func (s *shop) Source(path string) (io.ReaderAt, error) {
 
 // step is one call of an Encoder.
 type step func(*recipe.Encoder) error
+
+// pack compresses what comes after it wherever that helps.
+func pack(e *recipe.Encoder) error { e.Pack(func() bool { return true }); return nil }
 
 func begin(i int64) step { return func(e *recipe.Encoder) error { return e.File(i) } }
 func keep(n int64) step  { return func(e *recipe.Encoder) error { return e.Keep(n) } }
@@ -169,6 +175,126 @@ func TestCutAtEveryByte(t *testing.T) {
 		if len(got) == len(want) && n < len(s)-2 { // only the end mark, of two bytes, was missing
 			t.Errorf("cut after %d of %d bytes: all files came out", n, len(s))
 		}
+	}
+}
+
+// What compresses is packed, what does not is left alone, and all of it comes out.
+func TestPacked(t *testing.T) {
+	text := strings.Repeat("the quick brown fox jumps over the lazy dog. ", 100_000)
+	hard := make([]byte, 5<<20)
+	rand.NewChaCha8([32]byte{7}).Read(hard)
+	noise := string(hard)
+	// One whose first MiB is hard and the rest is text: tried again after a while.
+	turns := noise[:1<<20] + strings.Repeat(text, 5)
+	want := map[int64]string{0: text, 1: noise, 2: "short", 3: turns, 4: "head" + "012" + text}
+	pays := true
+	s := stream(t, func(e *recipe.Encoder) error { e.Pack(func() bool { return pays }); return nil },
+		begin(0), data(text), end(text), begin(1), data(noise), end(noise), begin(2), data("short"), end("short"),
+		begin(3), data(turns), end(turns), begin(4), data("head"), copies("old/a", 0, 3), data(text), end(want[4]),
+	)
+	files := map[int64]manifest.Entry{}
+	for i, content := range want {
+		files[i] = announced(content)
+	}
+	got, err := build(s, files, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error("what comes out is not what went in")
+	}
+	if least, most := len(noise)+16<<20, len(noise)+18<<20; len(s) < least || len(s) > most {
+		t.Errorf("a stream of %d bytes; want %d to %d", len(s), least, most)
+	}
+	pays = false
+	if plain := stream(t, func(e *recipe.Encoder) error { e.Pack(func() bool { return pays }); return nil }, begin(0), data(text), end(text)); len(plain) < len(text) {
+		t.Errorf("packed although it does not pay: %d bytes of %d", len(plain), len(text))
+	}
+}
+
+// frame is one zstd frame of s.
+func frame(tb testing.TB, s string, opt ...zstd.EOption) string {
+	tb.Helper()
+	w, err := zstd.NewWriter(nil, opt...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return string(w.EncodeAll([]byte(s), nil))
+}
+
+// packed is the piece of a stream that says it holds n bytes.
+func packed(n int, frame string) string {
+	b := binary.AppendUvarint([]byte{'P'}, uint64(n))
+	return string(binary.AppendUvarint(b, uint64(len(frame)))) + frame
+}
+
+// A packed piece makes what it announces, or the stream is refused.
+func TestPackedRefuses(t *testing.T) {
+	zeros := strings.Repeat("\x00", 1<<20)
+	whole := frame(t, zeros)
+	// A frame of more than one piece may hold, which does not say so.
+	var long bytes.Buffer
+	w, err := zstd.NewWriter(&long)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 64 {
+		io.WriteString(w, zeros)
+	}
+	w.Close()
+	skippable := "\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+	tests := []struct{ name, piece, want string }{
+		{"more than a frame", packed(1<<20+1, whole), "length 1048577"},
+		{"announces less than it has", packed(1<<20-1, whole), "not one zstd frame"},
+		{"announces more than it has", packed(1<<20, frame(t, zeros[1:])), "not one zstd frame"},
+		{"64 MiB in 6 KB", packed(1<<20, long.String()), "not one zstd frame"},
+		{"longer than unpacked", packed(4, frame(t, "abcd")), "packed length"},
+		{"no frame", packed(100, "abcdefgh"), "magic"},
+		{"nothing", packed(100, ""), "EOF"},
+		{"skippable", packed(100, skippable), "not one zstd frame"},
+		{"two frames", packed(1<<20, whole+whole), "exceeds"},
+		{"half a frame", packed(1<<20, whole[:len(whole)-3]), "EOF"},
+		{"cut", packed(1<<20, whole)[:20], "EOF"},
+		{"longer than the file", packed(1<<20, whole), "longer than the"},
+	}
+	for _, tt := range tests {
+		d := recipe.NewDecoder(strings.NewReader("FKRECIP1F\x00" + tt.piece))
+		if _, err := d.Next(); err != nil {
+			t.Fatal(err)
+		}
+		size := int64(1 << 40)
+		if tt.name == "longer than the file" {
+			size = 1 << 10
+		}
+		d.Begin(size)
+		_, err := d.Op()
+		var format *recipe.FormatError
+		if !errors.As(err, &format) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v; want %q", tt.name, err, tt.want)
+		}
+	}
+}
+
+// Unpacking takes the same memory whatever comes, and no more than some MiB.
+func TestPackedMemory(t *testing.T) {
+	text := strings.Repeat("the quick brown fox jumps over the lazy dog. ", 600_000)
+	s := stream(t, pack, begin(0), data(text), end(text))
+	files := announced(text)
+	buf := make([]byte, 64<<10)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	d := recipe.NewDecoder(bytes.NewReader(s))
+	if _, err := d.Next(); err != nil {
+		t.Fatal(err)
+	}
+	if err := recipe.Build(d, files, discard{}, buf); err != nil {
+		t.Fatal(err)
+	}
+	runtime.ReadMemStats(&after)
+	total := after.TotalAlloc - before.TotalAlloc
+	t.Logf("%d bytes in %d, %d bytes of memory", len(text), len(s), total)
+	if total > 3<<20 {
+		t.Errorf("unpacking %d bytes took %d bytes of memory", len(text), total)
 	}
 }
 
@@ -319,6 +445,9 @@ func FuzzDecoder(f *testing.F) {
 	f.Add(stream(f, begin(0), end("")), int64(0))
 	f.Add(stream(f, begin(1), data("hello"), copies("a/b", 1, 2), copies("a/b", 5, 1), end("x"), begin(2), keep(8), end("y")), int64(8))
 	f.Add([]byte("FKRECIP1F\x00D\xff\xff\xff\xff\x0f"), int64(1<<40))
+	text := strings.Repeat("hello ", 500)
+	f.Add(stream(f, pack, begin(0), data(text), end(text)), int64(len(text)))
+	f.Add([]byte("FKRECIP1F\x00"+packed(1<<20, frame(f, strings.Repeat("\x00", 1<<20)))+"E"), int64(1<<20))
 	f.Fuzz(func(t *testing.T, in []byte, size int64) {
 		if size < 0 {
 			return
