@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"farkeep/shared/contentname"
 	"farkeep/shared/generations"
 	"farkeep/shared/manifest"
 
@@ -52,7 +53,14 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 	}
 	w := newWitness(as.oldest)
 	var t trees
+	var was, is contentname.Recognizer
 	err = diff(ctx, c, func(d manifest.Change) error {
+		if d.Relation != manifest.New {
+			was.See(d.Old.Path, d.Old.Kind == manifest.Folder)
+		}
+		if d.Relation != manifest.Gone {
+			is.See(d.New.Path, d.New.Kind == manifest.Folder)
+		}
 		if d.New.Kind == manifest.File {
 			t.new.add(d.New.Size)
 			w.see(&d.New)
@@ -68,6 +76,16 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 	if err != nil {
 		return err
 	}
+	switch old, new := was.Layout(), is.Layout(); {
+	case new != contentname.None && (new == old || c.Current == nil):
+		return j.named(ctx, c, new, l, as, f)
+	case new != contentname.None && old == contentname.None:
+		if err := j.newNames(ctx, c, new, f); err != nil {
+			return err
+		}
+	case c.Current != nil && old != contentname.None:
+		f.add("Until now this was %s, and what was pushed is %s.", old, new)
+	}
 	if c.Current != nil {
 		if t.suspicious(l) {
 			// Before anybody is woken: moved is not gone.
@@ -75,7 +93,8 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 				return err
 			}
 		}
-		if t.judge(l, f); len(f.reasons) == 0 {
+		known := len(f.reasons)
+		if t.judge(l, f); len(f.reasons) == known {
 			w.judge(l, f)
 		}
 	}

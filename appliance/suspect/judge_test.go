@@ -27,7 +27,7 @@ import (
 
 const repositoryID = "57d6c1d52ce76a836b532b0e42e677dec6af9fca3673db511279358828a21ed6"
 
-// tree is a repository: path to content.
+// tree is a repository: path to content. A path with a slash at its end is a folder.
 type tree map[string][]byte
 
 func (t tree) clone() tree { return maps.Clone(t) }
@@ -81,14 +81,19 @@ func (d *disk) write(tr tree, kind string) (*generations.Generation, pushwire.Of
 	folders := map[string]bool{}
 	var all []manifest.Entry
 	for path, content := range tr {
+		if path, folder := strings.CutSuffix(path, "/"); folder {
+			if !folders[path] {
+				folders[path] = true
+				all = append(all, manifest.Entry{Path: path, Kind: manifest.Folder, Mode: 0o700})
+			}
+			continue
+		}
 		for dir := filepath.Dir(path); dir != "." && !folders[dir]; dir = filepath.Dir(dir) {
 			folders[dir] = true
 			all = append(all, manifest.Entry{Path: dir, Kind: manifest.Folder, Mode: 0o700})
 		}
 		all = append(all, manifest.Entry{Path: path, Kind: manifest.File, Mode: 0o600, Size: int64(len(content)), Sum: sum(content)})
-		if kind == pushwire.KindBorg1 {
-			d.files[fmt.Sprint(d.n)+"/"+path] = d.object(content)
-		}
+		d.files[fmt.Sprint(d.n)+"/"+path] = d.object(content)
 	}
 	slices.SortFunc(all, func(a, b manifest.Entry) int { return manifest.ComparePaths(a.Path, b.Path) })
 	if err := os.MkdirAll(dir, 0o755); err != nil {

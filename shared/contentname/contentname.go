@@ -51,14 +51,6 @@ func (l Layout) String() string {
 	return "a plain folder of files"
 }
 
-// Program is the program that writes such repositories.
-func (l Layout) Program() string {
-	if l == Borg2 {
-		return "borg"
-	}
-	return string(l)
-}
-
 // Role is what a file of a repository is for.
 type Role int
 
@@ -284,4 +276,22 @@ func (c *Check) OK() bool {
 		}
 	}
 	return false
+}
+
+// Path is where the file lies whose name claims id.
+func (l Layout) Path(role Role, id ID) string {
+	name := id.String()
+	switch role {
+	case Pack:
+		if l == Borg2 {
+			return "packs/" + name[:2] + "/" + name
+		}
+		return "data/" + name[:2] + "/" + name
+	case Index:
+		return "index/" + name
+	case Key:
+		return "keys/" + name
+	default:
+		return "snapshots/" + name
+	}
 }

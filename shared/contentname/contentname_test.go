@@ -225,6 +225,9 @@ func FuzzClaim(f *testing.F) {
 			if ok && (l == None || role == Other || !strings.HasSuffix(path, "/"+id.String())) {
 				t.Errorf("%s %q claims %v as %v", l, path, id, role)
 			}
+			if ok && l.Path(role, id) != path {
+				t.Errorf("%s %q is said to lie at %q", l, path, l.Path(role, id))
+			}
 			if ok && l.Passing(path) {
 				t.Errorf("%s %q is both named by its content and of the moment", l, path)
 			}
