@@ -441,16 +441,21 @@ func TestPlainFiles(t *testing.T) {
 	}
 	changes := 0
 	w.onUpload = func(out io.Writer) io.Writer {
-		if changes == 0 {
-			changes++
+		switch changes++; changes {
+		case 1:
 			write("d0/late", "came during the upload")
 			write("d1/f1", "changed during the upload")
+		case 2:
+			write("d2/f2", "zz") // as long as before: only the target's hash tells
 		}
 		return out
 	}
 	report := b.mustPush()
+	if changes != 4 {
+		t.Errorf("%d uploads, want 4: changed twice, of these once read again to name the file", changes)
+	}
 	got := files(disk, "documents", report.Outcomes[0].Generation)
-	for name, want := range map[string]string{"d0/late": "came during the upload", "d1/f1": "changed during the upload", "d2/f2": "xx"} {
+	for name, want := range map[string]string{"d0/late": "came during the upload", "d1/f1": "changed during the upload", "d2/f2": "zz"} {
 		if b, err := os.ReadFile(filepath.Join(got, name)); err != nil || string(b) != want {
 			t.Errorf("%s: %q %v", name, b, err)
 		}
@@ -460,6 +465,7 @@ func TestPlainFiles(t *testing.T) {
 	}
 
 	// What never stays still is not committed.
+	changes = 0
 	w.onUpload = func(out io.Writer) io.Writer {
 		changes++
 		write("d0/late", strings.Repeat("y", changes))
