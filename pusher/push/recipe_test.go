@@ -198,7 +198,7 @@ func TestLineBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	ledger := newLedger(r.Path)
-	var total struct{ ours, rsync, fresh, index int64 }
+	var total, steady bytesSent
 	for day := range days + 1 {
 		if day > 0 {
 			if err := home.Next(); err != nil {
@@ -216,10 +216,11 @@ func TestLineBytes(t *testing.T) {
 		if day == 0 {
 			continue // everything is new to everybody
 		}
-		total.ours += ours
-		total.rsync += rsync
-		total.fresh += fresh
-		total.index += index
+		tonight := bytesSent{ours: ours, rsync: rsync, least: fresh + index}
+		total.add(tonight)
+		if day > steadyDay {
+			steady.add(tonight)
+		}
 		if days > 20 && day%10 == 0 || days <= 20 {
 			t.Logf("day %d: we %d (copied %d), rsync %d, new chunks %d, index differences %d", day, ours, o.Copied, rsync, fresh, index)
 		}
@@ -233,19 +234,38 @@ func TestLineBytes(t *testing.T) {
 			}
 		}
 	}
-	ideal := total.fresh + total.index
-	t.Logf("%d days: we %d bytes, %.3f of new chunks and index differences, %.3f of rsync", days, total.ours, float64(total.ours)/float64(ideal), float64(total.ours)/float64(total.rsync))
-	if float64(total.ours) > 1.05*float64(ideal) {
-		t.Errorf("%d bytes crossed the line; new chunks and index differences are %d", total.ours, ideal)
+	t.Logf("%d days: %v", days, total)
+	if total.ours > total.least/100*105 {
+		t.Errorf("%d days: %v", days, total)
 	}
-	// It takes months until monthly archives expire, and much is moved.
-	if days >= 200 && float64(total.ours) > 0.4*float64(total.rsync) {
-		t.Errorf("%d bytes crossed the line; rsync sent %d", total.ours, total.rsync)
+	if days >= steadyDay+30 {
+		t.Logf("from day %d on: %v", steadyDay, steady)
+		if steady.ours > steady.least/100*105 || steady.ours > steady.rsync/100*32 {
+			t.Errorf("from day %d on: %v", steadyDay, steady)
+		}
 	}
 	got, err := exec.Command("diff", "-r", "--exclude=lock*", "--exclude=.farkeep-freeze", r.Path, filepath.Join(newest(t, disk), "files")).CombinedOutput()
 	if err != nil {
 		t.Errorf("the copy differs:\n%s", got)
 	}
+}
+
+// steadyDay is when monthly archives begin to expire, with six of them kept: from
+// then on as much goes as comes, and compaction moves much of what stays.
+const steadyDay = 200
+
+// bytesSent is what nights took on the line.
+type bytesSent struct{ ours, rsync, least int64 }
+
+func (b *bytesSent) add(o bytesSent) {
+	b.ours += o.ours
+	b.rsync += o.rsync
+	b.least += o.least
+}
+
+func (b bytesSent) String() string {
+	return fmt.Sprintf("we sent %d bytes, rsync %d, new chunks and index differences are %d: %.3f of them, %.3f of rsync",
+		b.ours, b.rsync, b.least, float64(b.ours)/float64(b.least), float64(b.ours)/float64(b.rsync))
 }
 
 func newest(t *testing.T, disk string) string {
