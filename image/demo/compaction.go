@@ -12,14 +12,16 @@ import (
 	"strings"
 )
 
-// Of a compaction day: what is new is a fifth of what the new segments hold.
+// Of a compaction day: one file of each segment goes, so that all the others move.
+// What is new is a fifth of what the new segments hold.
 const (
-	segmentSize = 250_000 // of notes, in bytes: about five of its first files
-	firstFiles  = 40
-	firstSize   = 50_000
-	newFiles    = 14
-	newSize     = 40_000
-	newBytes    = newFiles * newSize
+	segmentFiles = 8
+	segmentSize  = segmentFiles * firstSize // of notes, in bytes
+	firstFiles   = 160
+	firstSize    = 12_500
+	newFiles     = 20
+	newSize      = 20_000
+	newBytes     = newFiles * newSize
 )
 
 // compaction is a day on which Borg moves most of a repository.
@@ -48,13 +50,13 @@ func (b *borg) segments() (map[string]int64, error) {
 	})
 }
 
-// compactionDay takes a file out of nearly every segment, has Borg move what is
-// left there, and brings new files.
+// compactionDay takes a file out of every segment, has Borg move what is left
+// there, and brings new files.
 func (d *show) compactionDay(ctx context.Context) (c compaction, err error) {
 	if c.before, err = d.notes.segments(); err != nil {
 		return c, err
 	}
-	for i := 0; i < firstFiles; i += 7 {
+	for i := 0; i < firstFiles; i += segmentFiles {
 		if err := os.Remove(filepath.Join(d.notes.source, fileName("first", i))); err != nil {
 			return c, err
 		}
@@ -88,7 +90,7 @@ func (d *show) compactionDay(ctx context.Context) (c compaction, err error) {
 		c.length += size
 	}
 	d.say("%d of %d segments are gone, %d are new: %d kB, of which %d kB were never pushed", len(c.before)-kept, len(c.before), c.segments, c.length/1000, newBytes/1000)
-	if c.length < 5*newBytes/2 {
+	if c.length < 4*newBytes {
 		return c, errors.New("too little was moved: nothing would be shown")
 	}
 	c.started, err = d.s.Sent(d.vault.Name)

@@ -260,12 +260,12 @@ func (d *show) powerCut(ctx context.Context) error {
 		return err
 	}
 	if err := d.step("begin a push, and end the pusher in the middle", func() error {
-		return d.interrupted(ctx, &day, 250_000, func() error { return nil })
+		return d.interrupted(ctx, &day, 150_000, func() error { return nil })
 	}); err != nil {
 		return err
 	}
 	if err := d.step("begin again, and cut the Pi's power in the middle", func() error {
-		return d.interrupted(ctx, &day, 100_000, d.vault.CutPower)
+		return d.interrupted(ctx, &day, 80_000, d.vault.CutPower)
 	}); err != nil {
 		return err
 	}
