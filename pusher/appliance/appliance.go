@@ -69,6 +69,9 @@ func New(c Config) *Appliance {
 // Name implements target.Target.
 func (a *Appliance) Name() string { return a.config.Name }
 
+// Far implements target.Target.
+func (a *Appliance) Far() bool { return true }
+
 // Close implements target.Target.
 func (a *Appliance) Close() error {
 	a.mu.Lock()

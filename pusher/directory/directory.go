@@ -128,6 +128,9 @@ func (d *Directory) there() error {
 	return err
 }
 
+// Far implements target.Target.
+func (d *Directory) Far() bool { return false }
+
 // Offer implements target.Target.
 func (d *Directory) Offer(ctx context.Context, repository string, offer pushwire.Offer, list target.List) (target.Answer, error) {
 	answer, err := d.offer(ctx, repository, offer, list)

@@ -81,9 +81,13 @@ type Outcome struct {
 	Files      int64         `json:"files"`  // uploaded
 	Bytes      int64         `json:"bytes"`  // of them, that crossed the line
 	Copied     int64         `json:"copied"` // of them, that the target took from what it held
+	Spared     int64         `json:"spared"` // of them, that did not cross because the rest was compressed
 	Took       time.Duration `json:"took"`
+	Spent      Spent         `json:"-"`
+	Slow       string        `json:"slow,omitempty"` // why it took long, in a clause; "": it did not
 	Err        error         `json:"-"`
 	digest     string
+	clock      clock
 }
 
 // Beat is how a target's heartbeat ended.
@@ -202,17 +206,26 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 		case len(outcomes) == 0:
 			waking.Go(func() { t.Wake(early) }) // its error comes again with the offer
 		}
-		o := Outcome{Repository: pic.repository.Name, Target: t.Name(), Err: awake}
+		o := Outcome{Repository: pic.repository.Name, Target: t.Name(), Err: awake, clock: clock{now: p.Now}}
+		o.clock.Away = p.Now().Sub(start)
 		if o.Err == nil {
 			o.Err = p.one(ctx, t, pic, &o, lane)
 		}
 		pic.done()
-		o.Took = p.Now().Sub(start)
+		o.Took, o.Spent = p.Now().Sub(start), o.clock.Spent
+		rate := int64(0)
+		if p.Rate != nil {
+			rate = p.Rate(t.Name(), p.Now())
+		}
+		o.Slow = o.Spent.why(o.Took, o.Bytes, rate)
 		if o.Err != nil {
 			failed = true
 			p.Log.Error("push failed", "repository", o.Repository, "target", o.Target, "err", o.Err)
 		} else {
-			p.Log.Info("pushed", "repository", o.Repository, "target", o.Target, "generation", o.Generation, "new", o.New, "files", o.Files, "bytes", o.Bytes, "copied", o.Copied, "took", o.Took.Round(time.Millisecond))
+			p.Log.Info("pushed", "repository", o.Repository, "target", o.Target, "generation", o.Generation, "new", o.New, "files", o.Files, "bytes", o.Bytes, "copied", o.Copied, "spared", o.Spared, "took", o.Took.Round(time.Millisecond))
+		}
+		if o.Slow != "" {
+			p.Log.Info("slow", "repository", o.Repository, "target", o.Target, "why", o.Slow)
 		}
 		outcomes = append(outcomes, o)
 	}
@@ -236,7 +249,9 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 
 // one brings one repository to one target.
 func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcome, lane *progress.Lane) error {
+	listed := o.clock.spend(&o.clock.Source)
 	l, err := pic.take(ctx, lane)
+	listed()
 	if err != nil {
 		return err
 	}
@@ -256,10 +271,12 @@ func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcom
 			if errors.As(err, &changed) && !plain {
 				return changedHint(err)
 			}
-			return hint.Because(err, "push when nothing writes to it, or from a snapshot")
+			return busy(pic.repository, err)
 		}
 		p.Log.Info("listing again", "repository", pic.repository.Name, "target", t.Name(), "why", err)
+		listed := o.clock.spend(&o.clock.Source)
 		fresh, err := pic.fresh(ctx, lane)
+		listed()
 		if err != nil {
 			return err
 		}
@@ -274,7 +291,11 @@ func (p *Push) offerUntilDone(ctx context.Context, t target.Target, pic *picture
 	moved := func() int64 { return o.Bytes + o.Copied }
 	recommitted := false
 	careful := false
+	var all, tried time.Duration
+	defer func() { o.clock.Away += all - tried }() // the pauses
+	defer o.clock.spend(&all)()
 	err = p.retry(ctx, t, moved, func() error {
+		defer o.clock.spend(&tried)()
 		again = false
 		err := p.once(ctx, t, pic, l, careful, o, lane)
 		var changed *ChangedError
@@ -326,7 +347,10 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	if target.Temporary(err) && ctx.Err() == nil {
 		// The disk is not open yet, or not any more. On most nights it is: asking first
 		// would cost a round trip.
-		if err := t.Wake(ctx); err != nil {
+		waking := o.clock.spend(&o.clock.Away)
+		err = t.Wake(ctx)
+		waking()
+		if err != nil {
 			return err
 		}
 		answer, err = p.offer(ctx, t, r.Name, offer, l)
@@ -350,22 +374,17 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 			return err
 		}
 	}
-	if err := pic.check(); err != nil {
+	checked := o.clock.spend(&o.clock.Source)
+	err = pic.check(ctx, l, lane)
+	checked()
+	if err != nil {
 		return err
-	}
-	if r.Kind == pushwire.KindFiles {
-		now, err := pic.fresh(ctx, lane)
-		if err != nil {
-			return err
-		}
-		now.remove()
-		if now.Digest != l.Digest {
-			return &ChangedError{r.Path}
-		}
 	}
 	lane.Begin("committing "+r.Name, 0)
 	defer lane.End()
+	committing := o.clock.spend(&o.clock.Store)
 	done, err := t.Commit(ctx, answer.Push)
+	committing()
 	if err != nil {
 		return &commitError{err}
 	}
@@ -440,19 +459,27 @@ func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *lis
 		ctx: ctx, dir: dir, list: l, set: answer.Needed, resume: answer.Resume, careful: careful,
 		sent:   func(n int64) { o.Bytes += n; lane.Add(n) },
 		copied: func(n int64) { o.Copied += n; lane.Add(n) },
+		spared: func(n int64) { o.Bytes -= n; o.Spared += n },
+		times:  &uploading{c: &o.clock},
+		pack:   t.Far() && pic.repository.Kind == pushwire.KindFiles,
 	}
 	if !careful {
 		if u.plan, err = p.plan(ctx, t, pic, answer, u); err != nil {
 			return err
 		}
 	}
+	var took time.Duration
+	uploading := o.clock.spend(&took)
 	got, err := t.Upload(ctx, answer.Push, func(w io.Writer) error {
+		w = u.times.writer(w)
 		if p.Rate != nil {
 			rate := func(at time.Time) int64 { return p.Rate(t.Name(), at) }
-			w = &limited{ctx, w, &limit{rate: rate, now: p.Now, wait: sleep, due: p.Now()}}
+			w = &limited{ctx, w, &limit{rate: rate, now: p.Now, wait: u.times.wait, due: p.Now()}}
 		}
 		return u.write(w)
 	})
+	uploading()
+	u.times.ended(took, got, t.Far())
 	o.Files += got.Files
 	if err != nil {
 		return &uploadError{err}

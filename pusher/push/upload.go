@@ -29,7 +29,10 @@ type upload struct {
 	// it the target alone does that.
 	careful bool
 	sent    func(n int64) // new bytes that went out
+	spared  func(n int64) // of them, that did not because they were compressed
 	copied  func(n int64) // bytes that the target has
+	times   *uploading
+	pack    bool // compress what it pays for
 }
 
 // write writes the stream.
@@ -38,7 +41,12 @@ func (u *upload) write(w io.Writer) error {
 	for _, p := range u.resume {
 		kept[p.Index] = p.Have
 	}
+	defer u.times.c.spend(&u.times.making)()
 	enc := recipe.NewEncoder(w)
+	if u.pack {
+		enc.Pack(u.times.pays)
+	}
+	defer func() { u.spared(enc.Spared()) }()
 	buf := make([]byte, 256<<10)
 	err := u.needed(func(index int64, e manifest.Entry) error {
 		return u.file(enc, e, index, min(kept[index], e.Size), buf)
@@ -166,7 +174,9 @@ func (u *upload) read(f *os.File, begin, end int64, h hash.Hash, buf []byte, do 
 		if u.ctx.Err() != nil {
 			return context.Cause(u.ctx)
 		}
+		read := u.times.c.spend(&u.times.source)
 		n, err := f.ReadAt(buf[:min(int64(len(buf)), end-begin)], begin)
+		read()
 		if h != nil {
 			h.Write(buf[:n])
 		}

@@ -27,6 +27,10 @@ type Target interface {
 	// Name is the target's name in site.toml.
 	Name() string
 
+	// Far says that a line is between here and the target, where bytes are dearer
+	// than processor time.
+	Far() bool
+
 	// Wake makes the target ready to take a push, and waits for that, as long as
 	// ctx allows: an appliance opens its disk. It is cheap when all is ready.
 	Wake(ctx context.Context) error

@@ -56,6 +56,9 @@ func (t *Transaction) Receive(ctx context.Context, r io.Reader) (pushwire.Upload
 }
 
 func (t *Transaction) receive(ctx context.Context, r io.Reader) (got pushwire.UploadAnswer, err error) {
+	now := t.store.opt.Now
+	begun, input := now(), &waiting{r: r, now: now}
+	defer func() { got.Took, got.Waited = now().Sub(begun), input.waited }()
 	list, closer, err := t.openManifest(t.dir)
 	if err != nil {
 		return got, err
@@ -66,7 +69,7 @@ func (t *Transaction) receive(ctx context.Context, r io.Reader) (got pushwire.Up
 		return got, err
 	}
 	defer w.close()
-	d := recipe.NewDecoder(r)
+	d := recipe.NewDecoder(input)
 	for {
 		index, err := d.Next()
 		if errors.Is(err, io.EOF) {
@@ -80,6 +83,20 @@ func (t *Transaction) receive(ctx context.Context, r io.Reader) (got pushwire.Up
 			return w.got, errors.Join(err, w.flush())
 		}
 	}
+}
+
+// waiting counts the time that reads take.
+type waiting struct {
+	r      io.Reader
+	now    func() time.Time
+	waited time.Duration
+}
+
+func (w *waiting) Read(p []byte) (int, error) {
+	begun := w.now()
+	n, err := w.r.Read(p)
+	w.waited += w.now().Sub(begun)
+	return n, err
 }
 
 // workshop is where an upload's files are built (recipe.Workshop).

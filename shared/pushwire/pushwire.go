@@ -94,6 +94,10 @@ const MaxPartials = 16
 type UploadAnswer struct {
 	Files int64 `json:"files"`
 	Bytes int64 `json:"bytes"` // written; DATA and COPY together
+	// Took is from the first byte of the stream to the last one's sync, in
+	// nanoseconds; Waited what of it went by waiting for the next byte.
+	Took   time.Duration `json:"took"`
+	Waited time.Duration `json:"waited"`
 }
 
 // CommitAnswer ends a push.
