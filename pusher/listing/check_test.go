@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 // named is a file whose content must be the end of its name.
@@ -18,7 +19,14 @@ type named struct {
 	name string
 }
 
-func (n *named) OK() bool { return strings.HasSuffix(n.name, n.String()) }
+var errWrong = errors.New("it is something else")
+
+func (n *named) Err() error {
+	if strings.HasSuffix(n.name, n.String()) {
+		return nil
+	}
+	return errWrong
+}
 
 // A file that is found wrong is named, after every other file was read, and read
 // again until it is right.
@@ -47,7 +55,7 @@ func TestCheck(t *testing.T) {
 		if !errors.As(err, &wrong) || !strings.Contains(err.Error(), "named/best") {
 			t.Fatalf("got %v", err)
 		}
-		if d := cmp.Diff(&WrongError{1, []Wrong{{"named/best", sum("else")}}}, wrong); d != "" {
+		if d := cmp.Diff([]Wrong{{"named/best", sum("else"), errWrong}}, wrong.First, cmpopts.EquateErrors()); d != "" || wrong.Count != 1 {
 			t.Error(d)
 		}
 	}

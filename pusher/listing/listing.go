@@ -77,10 +77,11 @@ type Options struct {
 	Log  *slog.Logger
 }
 
-// Check judges the content of one file, which is written to it.
+// Check judges the content of one file, which is written to it; the error of Err
+// says what is wrong with it.
 type Check interface {
 	io.Writer
-	OK() bool
+	Err() error
 }
 
 // Skipped are the things that no generation can hold: symbolic links, devices,
@@ -114,16 +115,18 @@ type WrongError struct {
 type Wrong struct {
 	Path string
 	Sum  manifest.Sum // of the content that it has
+	Err  error        // what Check says
 }
 
 // maxWrong bounds WrongError.First.
 const maxWrong = 16
 
 func (e *WrongError) Error() string {
+	one := fmt.Sprintf("%s: %v", e.First[0].Path, e.First[0].Err)
 	if e.Count == 1 {
-		return e.First[0].Path + " has not the content that it should have"
+		return one
 	}
-	return fmt.Sprintf("%d files have not the content that they should have, among them %s", e.Count, e.First[0].Path)
+	return fmt.Sprintf("%d files have not the content that they should have; the first is %s", e.Count, one)
 }
 
 // ErrChanging is wrapped for a file that never stayed still while it was read.
@@ -166,7 +169,7 @@ type item struct {
 	done   chan struct{} // closed when the fields below are set; nil for what needs no hashing
 	gone   bool          // it vanished
 	racy   bool          // it was written too recently to be told from its next version
-	wrong  bool          // Check does not find it good
+	wrong  error         // why Check does not find it good
 	err    error
 }
 
@@ -228,7 +231,7 @@ func (l *lister) run(ctx context.Context, root string, w io.Writer) (result Resu
 	// A listing that was cut keeps what it has hashed, and what it did not reach.
 	for i := range l.items {
 		switch {
-		case i.cached || i.done != nil && i.err == nil && !i.gone && !i.racy && !i.wrong:
+		case i.cached || i.done != nil && i.err == nil && !i.gone && !i.racy && i.wrong == nil:
 			out.add(i.record())
 		case i.known != nil && i.err != nil:
 			out.add(*i.known)
@@ -266,7 +269,7 @@ func (l *lister) write(ctx context.Context, m *manifest.Writer, out *cacheWriter
 			}
 			result.Hashed++
 			result.HashedBytes += i.entry.Size
-			if i.wrong {
+			if i.wrong != nil {
 				l.wrong.add(i)
 			}
 		}
@@ -276,7 +279,7 @@ func (l *lister) write(ctx context.Context, m *manifest.Writer, out *cacheWriter
 			}
 			return err
 		}
-		if out != nil && i.entry.Kind == manifest.File && !i.racy && !i.wrong {
+		if out != nil && i.entry.Kind == manifest.File && !i.racy && i.wrong == nil {
 			out.add(i.record())
 		}
 	}
@@ -286,7 +289,7 @@ func (l *lister) write(ctx context.Context, m *manifest.Writer, out *cacheWriter
 func (e *WrongError) add(i *item) {
 	e.Count++
 	if len(e.First) < maxWrong {
-		e.First = append(e.First, Wrong{i.entry.Path, i.entry.Sum})
+		e.First = append(e.First, Wrong{i.entry.Path, i.entry.Sum, i.wrong})
 	}
 }
 
@@ -442,7 +445,7 @@ func (l *lister) hash(ctx context.Context, i *item, buf []byte) {
 			return
 		}
 		if identityOf(before) == identityOf(after) {
-			if i.known != nil && !i.wrong && i.id == identityOf(after) && i.entry.Sum != i.known.sum {
+			if i.known != nil && i.wrong == nil && i.id == identityOf(after) && i.entry.Sum != i.known.sum {
 				i.err = hint.Because(fmt.Errorf("read %s: %w", i.entry.Path, ErrRotten),
 					"check the disk (smartctl -a) and the file: restore it from a generation, or touch it if it is meant to be so")
 				return
@@ -501,6 +504,8 @@ func (l *lister) hashOnce(ctx context.Context, i *item, buf []byte) (before, aft
 		return nil, nil, err
 	}
 	i.entry.Sum = manifest.SumOf(h)
-	i.wrong = check != nil && !check.OK()
+	if i.wrong = nil; check != nil {
+		i.wrong = check.Err()
+	}
 	return before, after, nil
 }

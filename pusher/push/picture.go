@@ -12,6 +12,7 @@ import (
 	"farkeep/pusher/listing"
 	"farkeep/pusher/progress"
 	"farkeep/pusher/repository"
+	"farkeep/shared/contentname"
 	"farkeep/shared/hint"
 	"farkeep/shared/pushwire"
 )
@@ -60,7 +61,7 @@ func (p *picture) take(ctx context.Context, lane *progress.Lane) (*list, error) 
 func (p *picture) make(ctx context.Context, lane *progress.Lane) (*list, error) {
 	r := p.repository
 	if r.Kind != pushwire.KindBorg1 {
-		return p.push.list(ctx, r, r.Path, listing.Options{}, lane)
+		return p.plain(ctx, lane)
 	}
 	opt := p.push.Lock
 	opt.Log = p.push.Log
@@ -83,7 +84,7 @@ func (p *picture) make(ctx context.Context, lane *progress.Lane) (*list, error) 
 
 // fresh lists plain files anew: they may have changed since.
 func (p *picture) fresh(ctx context.Context, lane *progress.Lane) (*list, error) {
-	return p.push.list(ctx, p.repository, p.repository.Path, listing.Options{}, lane)
+	return p.plain(ctx, lane)
 }
 
 // root is the folder to upload from.
@@ -95,11 +96,22 @@ func (p *picture) root() string {
 }
 
 // check reports whether what was uploaded may be committed.
-func (p *picture) check() error {
-	if p.frozen == nil {
-		return nil
+func (p *picture) check(ctx context.Context, l *list, lane *progress.Lane) error {
+	if p.frozen != nil {
+		return p.frozen.Check()
 	}
-	return p.frozen.Check()
+	if p.repository.Layout == contentname.Restic {
+		return p.still(l)
+	}
+	now, err := p.fresh(ctx, lane)
+	if err != nil {
+		return err
+	}
+	now.remove()
+	if now.Digest != l.Digest {
+		return &ChangedError{p.repository.Path}
+	}
+	return nil
 }
 
 // done says that one target is done with the picture.

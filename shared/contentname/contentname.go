@@ -24,6 +24,7 @@ package contentname
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"hash"
 	"strings"
 
@@ -229,6 +230,8 @@ func (l Layout) Hashes() int {
 	return 0
 }
 
+var hashNames = []string{"SHA-256", "BLAKE3"}
+
 // newHash is the n-th of them.
 func newHash(n int) hash.Hash {
 	if n == 0 {
@@ -241,6 +244,7 @@ func newHash(n int) hash.Hash {
 type Check struct {
 	claim  ID
 	hashes []hash.Hash
+	by     string // which hash Err tells
 }
 
 // NewCheck returns a check of the file at path, nil for a name that says nothing.
@@ -254,7 +258,9 @@ func (l Layout) NewCheck(path string, only ...int) *Check {
 	c := &Check{claim: id}
 	for n := range l.Hashes() {
 		if len(only) == 0 || only[0] == n {
-			c.hashes = append(c.hashes, newHash(n))
+			if c.hashes = append(c.hashes, newHash(n)); c.by == "" {
+				c.by = hashNames[n]
+			}
 		}
 	}
 	return c
@@ -269,13 +275,21 @@ func (c *Check) Write(p []byte) (int, error) {
 }
 
 // OK reports whether what was written is what the name says.
-func (c *Check) OK() bool {
-	for _, h := range c.hashes {
-		if ID(h.Sum(nil)) == c.claim {
-			return true
+func (c *Check) OK() bool { return c.Err() == nil }
+
+// Err says what was written instead of what the name says.
+func (c *Check) Err() error {
+	var first ID
+	for i, h := range c.hashes {
+		sum := ID(h.Sum(nil))
+		if sum == c.claim {
+			return nil
+		}
+		if i == 0 {
+			first = sum
 		}
 	}
-	return false
+	return fmt.Errorf("it is named %.16s... by the hash of its content, and has %.16s... (%s)", c.claim, first, c.by)
 }
 
 // Path is where the file lies whose name claims id.
