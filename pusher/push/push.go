@@ -69,6 +69,7 @@ type Push struct {
 	Board *progress.Board
 
 	bases *base.Memory // what the targets hold
+	sleep func(context.Context, time.Duration) error
 }
 
 // Outcome is how one repository's push to one target ended.
@@ -160,6 +161,9 @@ func (p *Push) Run(ctx context.Context) *Report {
 			b.InitialInterval, b.MaxInterval, b.Multiplier, b.RandomizationFactor = 2*time.Second, 2*time.Minute, 2, 0.5
 			return b
 		}
+	}
+	if p.sleep == nil {
+		p.sleep = sleep
 	}
 	p.bases = base.Open(filepath.Join(p.State, "base"), p.Log)
 	report := &Report{Problems: p.Problems}
@@ -460,7 +464,7 @@ func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *lis
 		sent:   func(n int64) { o.Bytes += n; lane.Add(n) },
 		copied: func(n int64) { o.Copied += n; lane.Add(n) },
 		spared: func(n int64) { o.Bytes -= n; o.Spared += n },
-		times:  &uploading{c: &o.clock},
+		times:  &uploading{c: &o.clock, sleep: p.sleep},
 		pack:   t.Far() && pic.repository.Kind == pushwire.KindFiles,
 	}
 	if !careful {
@@ -557,7 +561,7 @@ func (p *Push) retry(ctx context.Context, t target.Target, moved func() int64, a
 			return fmt.Errorf("gave up after %s: %w", p.Now().Sub(since).Round(time.Second), err)
 		}
 		p.Log.Warn("trying again", "target", t.Name(), "in", wait.Round(100*time.Millisecond), "err", err)
-		if err := sleep(ctx, wait); err != nil {
+		if err := p.sleep(ctx, wait); err != nil {
 			return err
 		}
 	}

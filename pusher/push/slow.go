@@ -40,6 +40,7 @@ func (c *clock) spend(on *time.Duration) (done func()) {
 // the stream and the target.
 type uploading struct {
 	c             *clock
+	sleep         func(context.Context, time.Duration) error
 	limit, behind time.Duration // waited for the limit; for what is behind it
 	source        time.Duration // of making the stream: reading
 	making        time.Duration // the stream, all of the above in it
@@ -49,7 +50,7 @@ type uploading struct {
 // wait waits for the limit.
 func (u *uploading) wait(ctx context.Context, d time.Duration) error {
 	defer u.c.spend(&u.limit)()
-	return sleep(ctx, d)
+	return u.sleep(ctx, d)
 }
 
 // writer takes the time that w needs.
