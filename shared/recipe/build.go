@@ -3,7 +3,6 @@ package recipe
 import (
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 
 	"farkeep/shared/manifest"
@@ -31,7 +30,8 @@ var ErrSum = errors.New("the file does not have the hash that was announced")
 // buf is scratch space for copies, 64 KiB or more.
 func Build(d *Decoder, want manifest.Entry, w Workshop, buf []byte) error {
 	d.Begin(want.Size)
-	h := manifest.NewHash()
+	h := newHashing(want.Size)
+	defer h.close()
 	for {
 		op, err := d.Op()
 		if err != nil {
@@ -55,12 +55,12 @@ func Build(d *Decoder, want manifest.Entry, w Workshop, buf []byte) error {
 				return fmt.Errorf("copy %d bytes at %d of %q into file %d: %w", op.Length, op.Offset, op.Path, d.last, err)
 			}
 		case Data:
-			h.Write(op.Data)
+			h.beside(op.Data)
 			if _, err := w.Write(op.Data); err != nil {
 				return err
 			}
 		case End:
-			if got := manifest.SumOf(h); got != want.Sum || op.Sum != want.Sum {
+			if got := h.sum(); got != want.Sum || op.Sum != want.Sum {
 				return fmt.Errorf("%w: file %d (%q) came out as %v, the upload says %v, the offer %v", ErrSum, d.last, want.Path, got, op.Sum, want.Sum)
 			}
 			return nil
@@ -88,7 +88,7 @@ func copyRange(dst io.Writer, src io.ReaderAt, op Op, buf []byte) error {
 	return nil
 }
 
-func hashAll(h hash.Hash, r io.Reader, n int64, buf []byte) error {
+func hashAll(h io.Writer, r io.Reader, n int64, buf []byte) error {
 	got, err := io.CopyBuffer(h, io.LimitReader(r, n), buf)
 	if err == nil && got != n {
 		err = errShort

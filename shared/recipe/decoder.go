@@ -34,7 +34,9 @@ func (e *FormatError) Unwrap() error { return e.Err }
 type Decoder struct {
 	r      *bufio.Reader
 	offset int64
-	frame  []byte
+	frames [2][]byte     // the data of the last two operations
+	turn   int           // which of them is the newer one
+	rest   int64         // of a 'D', what was not returned yet
 	packed []byte        // as it came
 	zstd   *zstd.Decoder // nil until something packed comes
 	source string
@@ -123,6 +125,9 @@ func (d *Decoder) Op() (Op, error) {
 }
 
 func (d *Decoder) op() (op Op, err error) {
+	if d.rest > 0 {
+		return d.piece()
+	}
 	tag, err := d.readByte()
 	if err != nil {
 		return op, err
@@ -143,14 +148,10 @@ func (d *Decoder) op() (op Op, err error) {
 		}
 		op.Length, err = d.length(d.size)
 	case Data:
-		if op.Length, err = d.length(MaxFrame); err != nil {
+		if d.rest, err = d.length(MaxFrame); err != nil {
 			return op, err
 		}
-		if d.frame == nil {
-			d.frame = make([]byte, MaxFrame)
-		}
-		op.Data = d.frame[:op.Length]
-		err = d.full(op.Data)
+		return d.piece()
 	case tagPacked:
 		op.Kind = Data
 		if op.Length, err = d.length(MaxFrame); err != nil {
@@ -169,6 +170,26 @@ func (d *Decoder) op() (op Op, err error) {
 	return op, err
 }
 
+// maxPiece is how much of a 'D' is one operation, in bytes: the cache of a small
+// processor holds it while it is hashed and written.
+const maxPiece = 256 << 10
+
+// piece returns new bytes as they come.
+func (d *Decoder) piece() (Op, error) {
+	n := min(d.rest, maxPiece)
+	d.rest -= n
+	op := Op{Kind: Data, Length: n, Data: d.room(int(n))}
+	return op, d.full(op.Data)
+}
+
+// room is where the next data goes. What the operation before returned stays as it is.
+func (d *Decoder) room(n int) []byte {
+	d.turn ^= 1
+	f := slices.Grow(d.frames[d.turn][:0], n)[:n]
+	d.frames[d.turn] = f
+	return f
+}
+
 // unpack reads a compressed piece of n bytes. What it takes of memory does not
 // depend on what the piece says of itself: the output has its room before, and the
 // window lies in it.
@@ -183,9 +204,6 @@ func (d *Decoder) unpack(n int) ([]byte, error) {
 			return nil, err
 		}
 	}
-	if d.frame == nil {
-		d.frame = make([]byte, MaxFrame)
-	}
 	d.packed = slices.Grow(d.packed[:0], int(packed))[:packed]
 	if err := d.full(d.packed); err != nil {
 		return nil, err
@@ -197,7 +215,7 @@ func (d *Decoder) unpack(n int) ([]byte, error) {
 	if h.Skippable || h.DictionaryID != 0 || !h.HasFCS || h.FrameContentSize != uint64(n) {
 		return nil, fmt.Errorf("a packed piece that is not one zstd frame of %d bytes", n)
 	}
-	got, err := d.zstd.DecodeAll(d.packed, d.frame[:0:n])
+	got, err := d.zstd.DecodeAll(d.packed, d.room(n)[:0:n])
 	if err == nil && len(got) != n {
 		err = fmt.Errorf("it has %d bytes", len(got))
 	}
