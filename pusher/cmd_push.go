@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -22,7 +23,7 @@ import (
 func newPushCmd(env *Env, at *places) *cobra.Command {
 	var (
 		targets, repositories []string
-		dryRun                bool
+		dryRun, asJSON        bool
 		priority              string
 		giveUp                time.Duration
 		rate                  int64
@@ -44,7 +45,10 @@ man's switch quiet.`,
   farkeep-pusher push --target travel-disk
 
   # what would be pushed
-  farkeep-pusher push --repository photos --dry-run`,
+  farkeep-pusher push --repository photos --dry-run
+
+  # for programs: bytes sent and spared, and what the time went into
+  farkeep-pusher push --json`,
 		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx := cmd.Context()
@@ -120,7 +124,11 @@ man's switch quiet.`,
 			board.Start()
 			report := p.Run(ctx)
 			board.Stop()
-			if err := showReport(env, report); err != nil {
+			show := showReport
+			if asJSON {
+				show = showReportJSON
+			}
+			if err := show(env, report); err != nil {
 				return err
 			}
 			return report.Err()
@@ -130,9 +138,11 @@ man's switch quiet.`,
 	f.StringSliceVar(&targets, "target", nil, "only this target; may be repeated (default all)")
 	f.StringSliceVar(&repositories, "repository", nil, "only this repository; may be repeated; no heartbeat is sent then (default all)")
 	f.BoolVar(&dryRun, "dry-run", false, "say what would be pushed, touch nothing")
+	f.BoolVar(&asJSON, "json", false, "print the result as JSON")
 	f.StringVar(&priority, "priority", "idle", "idle: stay behind every other process; normal")
 	f.Int64Var(&rate, "rate-limit", 0, "bytes per second for each target; 0: none (default what the site says, for appliances)")
 	f.DurationVar(&giveUp, "give-up", 30*time.Minute, "give a target up when nothing has moved for so long")
+	cmd.MarkFlagsMutuallyExclusive("dry-run", "json")
 	return cmd
 }
 
@@ -207,16 +217,7 @@ func showReport(env *Env, r *push.Report) error {
 	w := tabwriter.NewWriter(env.Stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "TARGET\tREPOSITORY\tRESULT\tGENERATION\tSENT\tSAVED\tTIME")
 	for _, o := range r.Outcomes {
-		result := "unchanged"
-		switch {
-		case o.Err != nil:
-			result = "FAILED"
-		case o.Suspect:
-			result = "new, suspect"
-		case o.New:
-			result = "new"
-		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", o.Target, o.Repository, result, orDash(o.Generation), progress.Bytes(o.Bytes), progress.Bytes(o.Copied), o.Took.Round(100*time.Millisecond))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", o.Target, o.Repository, result(o), orDash(o.Generation), progress.Bytes(o.Bytes), progress.Bytes(o.Copied+o.Spared), o.Took.Round(100*time.Millisecond))
 	}
 	for _, p := range r.Problems {
 		fmt.Fprintf(w, "-\t%s\tFAILED\t-\t-\t-\t-\n", p.Name)
@@ -224,7 +225,29 @@ func showReport(env *Env, r *push.Report) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
+	tell(env, r)
+	return nil
+}
+
+// result is how a push ended, in a word or two.
+func result(o push.Outcome) string {
+	switch {
+	case o.Err != nil:
+		return "FAILED"
+	case o.Suspect:
+		return "new, suspect"
+	case o.New:
+		return "new"
+	}
+	return "unchanged"
+}
+
+// tell says what is in no table: what was slow, and what failed.
+func tell(env *Env, r *push.Report) {
 	for _, o := range r.Outcomes {
+		if o.Slow != "" {
+			fmt.Fprintf(env.Stderr, "%s: %s to %s was slow: %s\n", program, o.Repository, o.Target, o.Slow)
+		}
 		if o.Err != nil {
 			fmt.Fprintf(env.Stderr, "%s: %s to %s: %v\n", program, o.Repository, o.Target, o.Err)
 			if h := hint.Of(o.Err); h != "" {
@@ -240,6 +263,77 @@ func showReport(env *Env, r *push.Report) error {
 			fmt.Fprintf(env.Stderr, "%s: no heartbeat to %s: %s\n", program, b.Target, b.Why)
 		}
 	}
+}
+
+// reportJSON is what push --json prints.
+type reportJSON struct {
+	Pushes     []pushJSON    `json:"pushes"`
+	Heartbeats []beatJSON    `json:"heartbeats"`
+	Problems   []problemJSON `json:"problems,omitempty"` // repositories that cannot be pushed
+}
+
+type pushJSON struct {
+	Target     string             `json:"target"`
+	Repository string             `json:"repository"`
+	Result     string             `json:"result"` // new; new, suspect; unchanged; FAILED
+	Generation string             `json:"generation,omitempty"`
+	Files      int64              `json:"files"`          // uploaded
+	Sent       int64              `json:"sent"`           // bytes of them that crossed the line
+	Copied     int64              `json:"copied"`         // bytes that the target took from what it held
+	Spared     int64              `json:"spared"`         // bytes that compression spared
+	Seconds    float64            `json:"seconds"`        // altogether
+	Spent      map[string]float64 `json:"spent"`          // seconds on: source, work, limit, line, store, away
+	Slow       string             `json:"slow,omitempty"` // why it took long
+	Error      string             `json:"error,omitempty"`
+	Hint       string             `json:"hint,omitempty"`
+}
+
+type beatJSON struct {
+	Target string `json:"target"`
+	Sent   bool   `json:"sent"`
+	Why    string `json:"why,omitempty"` // not sent, though nothing failed
+	Error  string `json:"error,omitempty"`
+}
+
+type problemJSON struct {
+	Repository string `json:"repository"`
+	Error      string `json:"error"`
+}
+
+func showReportJSON(env *Env, r *push.Report) error {
+	text := func(err error) string {
+		if err == nil {
+			return ""
+		}
+		return err.Error()
+	}
+	out := reportJSON{Pushes: []pushJSON{}, Heartbeats: []beatJSON{}}
+	for _, o := range r.Outcomes {
+		p := pushJSON{
+			Target: o.Target, Repository: o.Repository, Result: result(o), Generation: o.Generation, Files: o.Files,
+			Sent: o.Bytes, Copied: o.Copied, Spared: o.Spared, Seconds: o.Took.Seconds(), Slow: o.Slow, Error: text(o.Err),
+			Spent: map[string]float64{
+				"source": o.Spent.Source.Seconds(), "work": o.Spent.Work.Seconds(), "limit": o.Spent.Limit.Seconds(),
+				"line": o.Spent.Line.Seconds(), "store": o.Spent.Store.Seconds(), "away": o.Spent.Away.Seconds(),
+			},
+		}
+		if o.Err != nil {
+			p.Hint = hint.Of(o.Err)
+		}
+		out.Pushes = append(out.Pushes, p)
+	}
+	for _, b := range r.Beats {
+		out.Heartbeats = append(out.Heartbeats, beatJSON{Target: b.Target, Sent: b.Sent, Why: b.Why, Error: text(b.Err)})
+	}
+	for _, p := range r.Problems {
+		out.Problems = append(out.Problems, problemJSON{p.Name, text(p.Err)})
+	}
+	enc := json.NewEncoder(env.Stdout)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(out); err != nil {
+		return err
+	}
+	tell(env, r)
 	return nil
 }
 
