@@ -268,6 +268,12 @@ func (o *observer) Handle(_ context.Context, r slog.Record) error {
 	if len(o.lines) > 12 {
 		o.lines = o.lines[1:]
 	}
+	if r.Message == "compared names with contents" {
+		o.top("packs gone, percent of the bytes", 100*v["gone_bytes"]/max(v["bytes"]+v["gone_bytes"], 1))
+		o.top("packs gone", v["gone"])
+		o.top("names compared", v["checked"])
+		o.top("wrong names", v["wrong"])
+	}
 	if r.Message == "compared chunks" {
 		old := v["alive"] + v["vanished"] - v["added"]
 		o.top("vanished chunks, percent", 100*v["vanished"]/max(old, 1))
@@ -305,37 +311,43 @@ func (o *observer) report(t testing.TB) {
 // would refuse. He has the pusher's key.
 func (h *home) enemy(kind, id string) generations.Generation {
 	h.t.Helper()
+	enemy(h.t, h.store, h.repo.Path, kind, id)
+	return h.newest()
+}
+
+func enemy(t testing.TB, store *generations.Store, root, kind, id string) {
+	t.Helper()
 	var list bytes.Buffer
 	w := manifest.NewWriter(&list)
 	var paths []string
-	for _, e := range h.walk() {
+	for _, e := range walk(t, root) {
 		if err := w.Add(e); err != nil {
-			h.t.Fatal(err)
+			t.Fatal(err)
 		}
 		paths = append(paths, e.Path)
 	}
 	sum, err := w.Close()
 	if err != nil {
-		h.t.Fatal(err)
+		t.Fatal(err)
 	}
 	offer := pushwire.Offer{Digest: sum.Digest.String(), Entries: sum.Entries, Bytes: sum.Bytes, Kind: kind, RepositoryID: id}
-	answer, tx, err := h.store.Begin(h.t.Context(), generations.Request{Repository: name, Offer: offer, Pusher: "home"})
+	answer, tx, err := store.Begin(t.Context(), generations.Request{Repository: name, Offer: offer, Pusher: "home"})
 	if err != nil {
-		h.t.Fatal(err)
+		t.Fatal(err)
 	}
 	if tx == nil {
-		return h.newest()
+		return
 	}
 	defer tx.Close()
 	if answer.Answer == pushwire.AnswerSendManifest {
-		if answer, err = tx.TakeManifest(h.t.Context(), &list); err != nil {
-			h.t.Fatal(err)
+		if answer, err = tx.TakeManifest(t.Context(), &list); err != nil {
+			t.Fatal(err)
 		}
 	}
-	_, err = tx.Upload(h.t.Context(), func(w io.Writer) error {
+	_, err = tx.Upload(t.Context(), func(w io.Writer) error {
 		e := recipe.NewEncoder(w)
 		for i := range answer.Needed.All() {
-			b, err := os.ReadFile(filepath.Join(h.repo.Path, paths[i]))
+			b, err := os.ReadFile(filepath.Join(root, paths[i]))
 			if err != nil {
 				return err
 			}
@@ -352,12 +364,11 @@ func (h *home) enemy(kind, id string) generations.Generation {
 		return e.Close()
 	})
 	if err != nil {
-		h.t.Fatal(err)
+		t.Fatal(err)
 	}
-	if _, err := tx.Commit(h.t.Context()); err != nil {
-		h.t.Fatal(err)
+	if _, err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
 	}
-	return h.newest()
 }
 
 func sumOf(b []byte) manifest.Sum {
@@ -366,14 +377,14 @@ func sumOf(b []byte) manifest.Sum {
 	return manifest.SumOf(s)
 }
 
-func (h *home) walk() []manifest.Entry {
-	h.t.Helper()
+func walk(t testing.TB, root string) []manifest.Entry {
+	t.Helper()
 	var all []manifest.Entry
-	err := filepath.WalkDir(h.repo.Path, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || path == h.repo.Path {
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == root {
 			return err
 		}
-		rel, err := filepath.Rel(h.repo.Path, path)
+		rel, err := filepath.Rel(root, path)
 		if err != nil || strings.HasPrefix(rel, "lock.") {
 			return err
 		}
@@ -389,7 +400,7 @@ func (h *home) walk() []manifest.Entry {
 		return nil
 	})
 	if err != nil {
-		h.t.Fatal(err)
+		t.Fatal(err)
 	}
 	slices.SortFunc(all, func(a, b manifest.Entry) int { return manifest.ComparePaths(a.Path, b.Path) })
 	return all
@@ -415,31 +426,49 @@ func (h *home) recover(archive string) {
 }
 
 // junk is what a file becomes when it is encrypted: as long as before, and random.
-func (h *home) junk(path string) {
-	h.t.Helper()
+func (h *home) junk(path string) { junk(h.t, h.random, path) }
+
+func junk(t testing.TB, random *rand.Rand, path string) {
+	t.Helper()
 	info, err := os.Stat(path)
 	if err != nil {
-		h.t.Fatal(err)
+		t.Fatal(err)
 	}
 	b := make([]byte, info.Size())
 	var seed [32]byte
 	for i := range seed {
-		seed[i] = byte(h.random.Uint32())
+		seed[i] = byte(random.Uint32())
 	}
 	rand.NewChaCha8(seed).Read(b)
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		h.t.Fatal(err)
+	overwrite(t, path, b)
+}
+
+// overwrite writes a file that nobody should write to, as root can.
+func overwrite(t testing.TB, path string, content []byte) {
+	t.Helper()
+	if err := os.Chmod(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 
-func TestSimulation(t *testing.T) {
-	days := shortDays
-	if text := os.Getenv(simulateDays); text != "" {
-		var err error
-		if days, err = strconv.Atoi(text); err != nil || days < 1 {
-			t.Fatalf("%s=%q is not a number of days", simulateDays, text)
-		}
+func daysToSimulate(t testing.TB) int {
+	t.Helper()
+	text := os.Getenv(simulateDays)
+	if text == "" {
+		return shortDays
 	}
+	days, err := strconv.Atoi(text)
+	if err != nil || days < 1 {
+		t.Fatalf("%s=%q is not a number of days", simulateDays, text)
+	}
+	return days
+}
+
+func TestSimulation(t *testing.T) {
+	days := daysToSimulate(t)
 	const seed = 7
 	t.Logf("seed %d, %d days", seed, days)
 	h := newHome(t, seed)
