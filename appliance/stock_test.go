@@ -407,6 +407,23 @@ func TestStockRestic(t *testing.T) {
 			t.Errorf("restored from %s: %d files differ", generation, strings.Count(diff, "\n"))
 		}
 	}
+
+	// Ransomware at home finds the mount: the copy's files become others, and one that is
+	// new is not what its name says.
+	var pack string
+	for path := range content(t, s.files("restic", second.Generation)) {
+		if strings.HasPrefix(path, "data/") {
+			pack = path
+		}
+	}
+	write(t, s.dir+"/junk", "encrypted")
+	s.sftp(t, "pi", "chmod 600 /restic/"+pack+"\nput junk /restic/"+pack+"\nput junk /restic/snapshots/"+strings.Repeat("ab", 32)+"\n").must(t, "sftp")
+	third := s.commit(t, "restic")
+	all := s.generations(t, "restic")
+	reasons := strings.Join(all[len(all)-1].Reasons, "\n")
+	if !third.Suspect || !strings.Contains(reasons, "1 file, named by what is in them, have other content than before (such as data/") || !strings.Contains(reasons, "1 of 1 new files are not what their names say (snapshots/abab") {
+		t.Errorf("%+v: %s", third, reasons)
+	}
 }
 
 // One repository takes one push at a time, whoever makes it: a commit of a staging

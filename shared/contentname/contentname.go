@@ -183,9 +183,9 @@ const (
 
 // See takes the next name of the tree, in any order; folder says that it is one.
 func (r *Recognizer) See(path string, folder bool) {
-	switch {
-	case folder:
-		switch path {
+	first, rest, below := strings.Cut(path, "/")
+	if folder || below {
+		switch first {
 		case "data":
 			r.seen |= resticData
 		case "index":
@@ -195,14 +195,17 @@ func (r *Recognizer) See(path string, folder bool) {
 		case "packs":
 			r.seen |= borg2Packs
 		}
+	}
+	switch {
+	case folder:
 	case path == "config":
 		r.seen |= resticConfig
 	case path == borg2ID:
 		r.seen |= borg2IDSeen
 	case path == borg2Version:
 		r.seen |= borg2VersionSeen
-	case r.seen&someKey == 0 && strings.HasPrefix(path, "keys/"):
-		if _, ok := parseID(path[len("keys/"):]); ok {
+	case r.seen&someKey == 0 && first == "keys":
+		if _, ok := parseID(rest); ok {
 			r.seen |= someKey
 		}
 	}
