@@ -88,14 +88,14 @@ func (a *benchAppliance) client(t *testing.T, l *line) *appliance.Appliance {
 
 func (a *benchAppliance) address() string { return fmt.Sprintf("127.0.0.1:%d", a.port) }
 
-func (a *benchAppliance) pinned(t *testing.T) ssh.PublicKey {
+func (a *benchAppliance) pinned(t testing.TB) ssh.PublicKey {
 	t.Helper()
 	key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(a.hostKey))
 	must(t, err)
 	return key
 }
 
-func (a *benchAppliance) identity(t *testing.T) ssh.Signer {
+func (a *benchAppliance) identity(t testing.TB) ssh.Signer {
 	t.Helper()
 	private, err := os.ReadFile(a.key)
 	must(t, err)
@@ -150,7 +150,7 @@ func noise(seed uint64, n int) string {
 }
 
 // list is the manifest, as the pusher makes it.
-func (s source) list(t *testing.T) (offer pushwire.Offer, encoded []byte, entries []manifest.Entry) {
+func (s source) list(t testing.TB) (offer pushwire.Offer, encoded []byte, entries []manifest.Entry) {
 	t.Helper()
 	for path, content := range s {
 		h := manifest.NewHash()
@@ -170,7 +170,7 @@ func (s source) list(t *testing.T) (offer pushwire.Offer, encoded []byte, entrie
 
 // offer begins a push. As the pusher does, it tries again what is temporary: the
 // appliance may not have noticed yet that the line of the attempt before is cut.
-func (s source) offer(t *testing.T, to target.Target, repository string) (target.Answer, error) {
+func (s source) offer(t testing.TB, to target.Target, repository string) (target.Answer, error) {
 	t.Helper()
 	o, encoded, _ := s.list(t)
 	for {
@@ -183,7 +183,7 @@ func (s source) offer(t *testing.T, to target.Target, repository string) (target
 }
 
 // upload sends what the answer asks for.
-func (s source) upload(t *testing.T, to target.Target, answer target.Answer) (pushwire.UploadAnswer, error) {
+func (s source) upload(t testing.TB, to target.Target, answer target.Answer) (pushwire.UploadAnswer, error) {
 	t.Helper()
 	_, _, entries := s.list(t)
 	have := map[int64]int64{}
