@@ -337,6 +337,45 @@ func TestPushThroughTheKeeper(t *testing.T) {
 	}
 }
 
+// A peer that sends its manifest with the offer gets the whole answer also when
+// the keeper knows the manifest, and reads nothing of it.
+func TestManifestThatNobodyNeeds(t *testing.T) {
+	b := start(t)
+	b.mount()
+	content := repo{}
+	for i := range 3000 {
+		content[fmt.Sprint(i)] = fmt.Sprint("content ", i)
+	}
+	if _, _, err := b.offer("photos", content); err != nil { // and is cut before its upload
+		t.Fatal(err)
+	}
+	list, o, _ := content.manifest(t)
+	for range 20 {
+		c := b.open(keepercall.Offer, b.with(func(a *keepercall.Args) { a.Repository = "photos" }))
+		if err := pushwire.WriteLine(c, o); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Write(list); err != nil {
+			t.Fatal(err)
+		}
+		c.CloseWrite()
+		var answer pushwire.OfferAnswer
+		then, err := line(c, &answer)
+		if err != nil || then != keepercall.ThenRaw || answer.Answer != pushwire.AnswerSend {
+			t.Fatalf("%+v, then %q, %v", answer, then, err)
+		}
+		r := pushwire.NewReader(c)
+		set, err := manifest.ReadSet(r, o.Entries)
+		if err != nil || set.Len() != int64(len(content)) {
+			t.Fatalf("%d files are needed, %v", set.Len(), err)
+		}
+		if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
+			t.Fatalf("after the answer: %d bytes, %v", len(rest), err)
+		}
+		c.Close()
+	}
+}
+
 func TestWhoMayDoWhat(t *testing.T) {
 	b := start(t)
 	b.mount()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -171,6 +172,29 @@ func (k *Keeper) freeIdle(limit time.Duration) {
 }
 
 func offer(ctx context.Context, c *call) error {
+	err := begin(ctx, c)
+	if err == nil {
+		c.rest()
+	}
+	return err
+}
+
+// maxRest bounds what an offer may send that nobody reads, in bytes: a manifest
+// ahead, which the answer makes needless.
+const maxRest = 1 << 20
+
+// rest ends the answer, and waits until the peer has ended, too. A socket that is
+// closed with bytes in it that nobody read gives the other side an error in place
+// of the end of the answer.
+func (c *call) rest() {
+	late := time.AfterFunc(c.brief.Stall, func() { c.conn.Close() })
+	defer late.Stop()
+	if c.conn.CloseWrite() == nil {
+		io.Copy(io.Discard, io.LimitReader(c.conn, maxRest))
+	}
+}
+
+func begin(ctx context.Context, c *call) error {
 	if err := errors.Join(c.pushKey(), c.allowed(c.args.Repository)); err != nil {
 		return err
 	}
