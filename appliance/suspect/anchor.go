@@ -55,7 +55,7 @@ const (
 
 // newAnchor begins a sample of about n keys.
 func newAnchor(at time.Time, n int64) *anchor {
-	a := &anchor{at: at, secret: rand.Uint64(), limit: math.MaxUint64}
+	a := &anchor{at: at, secret: rand.Uint64(), limit: math.MaxUint64, items: make([]item, 0, min(max(n, 0), maxSample))}
 	if n > maxSample/2 {
 		a.limit = math.MaxUint64 / uint64(n/(maxSample/2))
 	}
@@ -88,7 +88,8 @@ func anchorName(at time.Time) string { return anchorPrefix + strconv.FormatInt(a
 // save writes the anchor. It may be lost in a power cut: then its CRC says so.
 func (a *anchor) save(scratch *beneath.Dir) error {
 	a.sort()
-	b := []byte(anchorMagic)
+	b := make([]byte, 0, anchorHeader+len(a.items)*itemSize+4)
+	b = append(b, anchorMagic...)
 	b = binary.LittleEndian.AppendUint64(b, a.secret)
 	b = binary.LittleEndian.AppendUint64(b, a.limit)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(a.items)))

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime/debug"
 	"slices"
 	"time"
 
@@ -50,8 +49,6 @@ func (j *Judge) borg(ctx context.Context, c *generations.Candidate, l limits, f 
 	changed(p, f)
 	p.trim()
 
-	// The tables are half of what this process ever needs.
-	defer debug.FreeOSMemory()
 	for again := false; ; again = true {
 		attempt := &findings{reasons: slices.Clone(f.reasons)}
 		err := j.chunks(ctx, c, p, l, attempt)

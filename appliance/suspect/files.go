@@ -51,15 +51,19 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 	if as.due {
 		fresh = newAnchor(j.config.Now(), c.Offer.Entries)
 	}
+	n, err := j.survey(ctx, c, as)
+	if err != nil {
+		return err
+	}
+	if n != nil && n.is.Layout() == n.layout && (c.Current == nil || n.was.Layout() == n.layout) {
+		return j.named(ctx, c, n, l, f)
+	}
 	w := newWitness(as.oldest)
 	var t trees
-	var was, is contentname.Recognizer
+	var was contentname.Recognizer
 	err = diff(ctx, c, func(d manifest.Change) error {
 		if d.Relation != manifest.New {
 			was.See(d.Old.Path, d.Old.Kind == manifest.Folder)
-		}
-		if d.Relation != manifest.Gone {
-			is.See(d.New.Path, d.New.Kind == manifest.Folder)
 		}
 		if d.New.Kind == manifest.File {
 			t.new.add(d.New.Size)
@@ -76,15 +80,18 @@ func (j *Judge) files(ctx context.Context, c *generations.Candidate, l limits, f
 	if err != nil {
 		return err
 	}
-	switch old, new := was.Layout(), is.Layout(); {
-	case new != contentname.None && (new == old || c.Current == nil):
-		return j.named(ctx, c, new, l, as, f)
-	case new != contentname.None && old == contentname.None:
-		if err := j.newNames(ctx, c, new, f); err != nil {
+	is := contentname.None
+	if n != nil && n.is.Layout() == n.layout {
+		is = n.layout
+	}
+	switch old := was.Layout(); {
+	case old != contentname.None:
+		f.add("Until now this was %s, and what was pushed is %s.", old, is)
+	case is != contentname.None:
+		// A folder became a repository: there is nothing to compare it with, but its names.
+		if _, _, err := j.checkNames(ctx, c, n, f); err != nil {
 			return err
 		}
-	case c.Current != nil && old != contentname.None:
-		f.add("Until now this was %s, and what was pushed is %s.", old, new)
 	}
 	if c.Current != nil {
 		if t.suspicious(l) {

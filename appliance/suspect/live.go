@@ -7,8 +7,8 @@ import (
 	"math/rand/v2"
 )
 
-// tableBits is how large a table is: 1<<tableBits keys of 24 bytes, 12 MB.
-const tableBits = 19
+// tableBits is how large a table is: 1<<tableBits keys of 24 bytes, 6 MB.
+const tableBits = 18
 
 // table says of each key how its chunk was before and how it is now: size and CRC
 // of its entry, 0 for none.

@@ -43,6 +43,10 @@ func (d *draw) add(f file) {
 // packs is what became of a repository whose files are named by their content.
 type packs struct {
 	layout contentname.Layout
+	was    contentname.Recognizer // the generation before
+	is     contentname.Recognizer
+	since  *witness                       // of the packs of an earlier day
+	sample *anchor                        // of those of today; nil: none is due
 	fresh  draw                           // new names
 	other  draw                           // names that were there, with other content
 	bytes  struct{ old, new, gone tally } // of packs
@@ -50,51 +54,68 @@ type packs struct {
 	marks  []string                       // files that say which repository it is, and are not as they were
 }
 
+// survey goes through a repository of which a look at two names says that it may be
+// one of restic or Borg 2; nil for any other. Whether it is one the whole tells.
+func (j *Judge) survey(ctx context.Context, c *generations.Candidate, as *anchors) (*packs, error) {
+	n := &packs{layout: contentname.Borg2, since: newWitness(as.oldest)}
+	for _, probe := range []string{"config/id", "config"} {
+		f, err := c.Open(probe)
+		if err == nil {
+			f.Close()
+			break
+		}
+		if n.layout = contentname.Restic; probe == "config" {
+			return nil, nil
+		}
+	}
+	if as.due {
+		n.sample = newAnchor(j.config.Now(), c.Offer.Entries)
+	}
+	err := diff(ctx, c, func(d manifest.Change) error {
+		role, ok := n.take(&d)
+		if d.New.Kind != manifest.File {
+			return nil
+		}
+		n.since.see(&d.New)
+		if ok && role == contentname.Pack && n.sample != nil {
+			name := nameKey(n.sample.secret, d.New.Path)
+			n.sample.offer(name, item{key: sumKey(&d.New), other: name, size: uint64(d.New.Size)})
+		}
+		return nil
+	})
+	return n, err
+}
+
 // named judges a repository of restic or Borg 2. What its programs do all the time
 // and would be a sign of evil in a plain folder is none here: a prune rewrites the whole index, a
 // backup leaves a few small packs that the next prune puts together. So packs
 // count by their bytes. What they never do is a sign after one file: a name that is not
 // the hash of its content.
-func (j *Judge) named(ctx context.Context, c *generations.Candidate, layout contentname.Layout, l limits, as *anchors, f *findings) error {
-	n := &packs{layout: layout}
-	w := newWitness(as.oldest)
-	var fresh *anchor
-	if as.due {
-		fresh = newAnchor(j.config.Now(), c.Offer.Entries)
-	}
-	err := diff(ctx, c, func(d manifest.Change) error {
-		n.take(&d)
-		if d.New.Kind != manifest.File {
-			return nil
-		}
-		w.see(&d.New)
-		if _, role, ok := layout.Claim(d.New.Path); ok && role == contentname.Pack && fresh != nil {
-			name := nameKey(fresh.secret, d.New.Path)
-			fresh.offer(name, item{key: sumKey(&d.New), other: name, size: uint64(d.New.Size)})
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
+func (j *Judge) named(ctx context.Context, c *generations.Candidate, n *packs, l limits, f *findings) error {
 	checked, wrong, err := j.checkNames(ctx, c, n, f)
 	if err != nil {
 		return err
 	}
 	if c.Current != nil {
 		if sudden := n.judge(l, f); !sudden {
-			w.judgeBytes(l, f)
+			n.since.judgeBytes(l, f)
 		}
 	}
-	j.log.Info("compared names with contents", "repository", c.Repository, "layout", string(layout), "new", n.fresh.seen, "changed", n.other.seen, "checked", checked, "wrong", wrong,
+	j.log.Info("compared names with contents", "repository", c.Repository, "layout", string(n.layout), "new", n.fresh.seen, "changed", n.other.seen, "checked", checked, "wrong", wrong,
 		"packs", n.bytes.new.files, "bytes", n.bytes.new.bytes, "gone", n.bytes.gone.files, "gone_bytes", n.bytes.gone.bytes)
-	if len(f.reasons) == 0 && fresh != nil {
-		return fresh.save(c.Scratch)
+	if len(f.reasons) == 0 && n.sample != nil {
+		return n.sample.save(c.Scratch)
 	}
 	return nil
 }
 
-func (n *packs) take(d *manifest.Change) {
+func (n *packs) take(d *manifest.Change) (role contentname.Role, ok bool) {
+	if d.Relation != manifest.New {
+		n.was.See(d.Old.Path, d.Old.Kind == manifest.Folder)
+	}
+	if d.Relation != manifest.Gone {
+		n.is.See(d.New.Path, d.New.Kind == manifest.Folder)
+	}
 	path := d.New.Path
 	if d.Relation == manifest.Gone {
 		path = d.Old.Path
@@ -128,13 +149,14 @@ func (n *packs) take(d *manifest.Change) {
 		}
 	}
 	if !ok || !new || d.Relation == manifest.Unchanged {
-		return
+		return role, ok
 	}
 	if old {
 		n.other.add(file{id, role})
 	} else {
 		n.fresh.add(file{id, role})
 	}
+	return role, ok
 }
 
 // checkNames reads the new files, as far as the judge's patience reaches, and says
@@ -307,18 +329,4 @@ func (w *witness) judgeBytes(l limits, f *findings) {
 		f.add("Of the packs of %s, %s of the bytes are gone by now, a part with each push. Within %d days less than %d %% is usual here.",
 			w.a.at.UTC().Format("2 January"), percent(gone.bytes, all.bytes), int(window/(24*time.Hour)), limit)
 	}
-}
-
-// newNames checks the names of a repository that was none until now.
-func (j *Judge) newNames(ctx context.Context, c *generations.Candidate, layout contentname.Layout, f *findings) error {
-	n := &packs{layout: layout}
-	err := diff(ctx, c, func(d manifest.Change) error {
-		n.take(&d)
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	_, _, err = j.checkNames(ctx, c, n, f)
-	return err
 }

@@ -63,6 +63,12 @@ func borg2Tree(n int) tree {
 	return t
 }
 
+// read are the files that the judge read, without those at which it looks to see what
+// the repository may be.
+func (d *disk) read() []string {
+	return slices.DeleteFunc(slices.Sorted(slices.Values(d.opened)), func(path string) bool { return strings.HasPrefix(path, "config") })
+}
+
 // paths are those of a role, in order.
 func (t tree) paths(layout contentname.Layout, role contentname.Role) []string {
 	var all []string
@@ -229,8 +235,8 @@ func TestNamedReads(t *testing.T) {
 	rotten := tr.paths(contentname.Restic, contentname.Pack)[3]
 	good := tr[rotten]
 	tr[rotten] = []byte("torn")
-	if v := d.push(tr, pushwire.KindFiles); !v.Suspect || len(d.opened) != 121 {
-		t.Fatalf("suspect %v, %d files were read", v.Suspect, len(d.opened))
+	if v := d.push(tr, pushwire.KindFiles); !v.Suspect || len(d.read()) != 121 {
+		t.Fatalf("suspect %v, %d files were read", v.Suspect, len(d.read()))
 	}
 	// Somebody accepts it, and it becomes the norm.
 	g, _ := d.write(tr, pushwire.KindFiles)
@@ -241,12 +247,11 @@ func TestNamedReads(t *testing.T) {
 	if v := d.push(tr, pushwire.KindFiles); v.Suspect {
 		t.Errorf("%q", v.Reasons)
 	}
-	slices.Sort(d.opened)
-	if want := []string{added, rotten}; !slices.Equal(d.opened, slices.Sorted(slices.Values(want))) {
-		t.Errorf("read were %q", d.opened)
+	if want := []string{added, rotten}; !slices.Equal(d.read(), slices.Sorted(slices.Values(want))) {
+		t.Errorf("read were %q", d.read())
 	}
-	if v := d.push(tr, pushwire.KindFiles); v.Suspect || len(d.opened) != 0 {
-		t.Errorf("suspect %v, %d files were read", v.Suspect, len(d.opened))
+	if v := d.push(tr, pushwire.KindFiles); v.Suspect || len(d.read()) != 0 {
+		t.Errorf("suspect %v, %d files were read", v.Suspect, len(d.read()))
 	}
 }
 
