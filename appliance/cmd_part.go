@@ -43,6 +43,7 @@ func runPart(ctx context.Context, name string) error {
 	if err := confine.Enter(p.profile(env.Header), env.Firmware, log); err != nil {
 		return err
 	}
+	frugal()
 	if err := p.run(ctx, env); err != nil && ctx.Err() == nil {
 		env.Log.Error("part failed", "err", err)
 		return err

@@ -102,6 +102,7 @@ func (s *system) makeFolders() error {
 // for too long and a restart is due: then the error is errFailing. The parts
 // have ended when it returns.
 func (s *system) supervise(ctx context.Context, cfg *settings.Appliance) error {
+	frugal()
 	sup := supervise.New(supervise.Config{Reaper: s.reaper, Log: s.log, Relay: s.book.Relay, Timing: timing()}, specs(s.header, cfg))
 	s.mu.Lock()
 	s.sup = sup

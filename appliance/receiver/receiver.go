@@ -136,6 +136,9 @@ func Run(ctx context.Context, env *part.Env) error {
 	return errors.Join(loopErr, <-failed, <-failed)
 }
 
+// muchMoved is how many bytes make so much garbage that it is given back at once.
+const muchMoved = 1 << 20
+
 // maxHolds bounds the sessions of one key that use the disk at once.
 const maxHolds = 16
 
@@ -255,6 +258,10 @@ func (r *receiver) hold(ctx context.Context, s *sshverb.Session) (_ context.Cont
 	done = func() {
 		cancel()
 		r.kept(k, began, r.running(), u.moved.Load())
+		if u.moved.Load() > muchMoved {
+			// The keeper's turn: it links and judges what has come.
+			go debug.FreeOSMemory()
+		}
 		if call != nil {
 			call.Close()
 		}
