@@ -2,14 +2,12 @@ package demo
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
-	"strconv"
-	"strings"
 )
 
 // Of a compaction day: one file of each segment goes, so that all the others move.
@@ -108,7 +106,7 @@ func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, sto
 	}
 	pushed := make(chan end, 1)
 	go func() {
-		out, err := d.s.Push(ctx, "--target", d.vault.Name, "--rate-limit", "100000")
+		out, err := d.s.Push(ctx, "--target", d.vault.Name, "--json", "--rate-limit", "100000")
 		pushed <- end{out, err}
 	}()
 	if err := d.uploading(ctx, d.vault, bytes); err != nil {
@@ -123,15 +121,15 @@ func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, sto
 	if e.err == nil {
 		return errors.New("the push had ended before it was interrupted: nothing was shown")
 	}
-	sent, saved, err := reported(e.out, "notes")
-	c.copied += saved
-	d.say("until then it had sent %d kB, and had %d kB copied from the generation before", sent/1000, saved/1000)
+	p, err := reported(e.out)
+	c.copied += p.Copied
+	d.say("until then it had sent %d kB, and had %d kB copied from the generation before", p.Sent/1000, p.Copied/1000)
 	return err
 }
 
-// resumed checks the push that went to the end.
+// resumed checks the push that went to the end, by what it reports.
 func (d *show) resumed(c *compaction, out string) error {
-	sent, saved, err := reported(out, "notes")
+	p, err := reported(out)
 	if err != nil {
 		return err
 	}
@@ -140,63 +138,36 @@ func (d *show) resumed(c *compaction, out string) error {
 		return err
 	}
 	line := int64(now - c.started)
+	d.say("%s: %d of %d segments had to be sent, %d kB; %d kB were copied", p.Generation, p.Files, c.segments, p.Sent/1000, p.Copied/1000)
 	d.say("through the VPN went %d kB in all, with every attempt and every handshake; the new segments have %d kB", line/1000, c.length/1000)
 	if line > c.length/2 {
 		return errors.New("that is more than half of them")
 	}
 	// What is copied comes first in these segments: it was complete when the first
 	// attempt ended, and is not asked for again.
-	if c.copied < c.length/2 || saved > c.length/4 {
-		return fmt.Errorf("%d bytes were copied before the interruption, and %d after it: the push did not go on where it was", c.copied, saved)
+	if c.copied < c.length/2 || p.Copied > c.length/4 || p.Files > int64(c.segments)/2 {
+		return fmt.Errorf("%d bytes were copied before the interruption; after it %d, and %d files came: the push did not go on where it was", c.copied, p.Copied, p.Files)
 	}
-	if sent >= newBytes {
-		return fmt.Errorf("%d bytes were sent after the interruption, of %d new ones: the push did not go on where it was", sent, newBytes)
+	if p.Sent >= newBytes {
+		return fmt.Errorf("%d bytes were sent after the interruption, of %d new ones: the push did not go on where it was", p.Sent, newBytes)
 	}
 	return nil
 }
 
-var (
-	columns = regexp.MustCompile(` {2,}`)
-	amount  = regexp.MustCompile(`^([0-9.]+) ([KMGT]i)?B$`)
-)
-
-// reported reads how much was sent and saved of a repository from the table that
-// the pusher prints, in bytes.
-func reported(table, repository string) (sent, saved int64, err error) {
-	lines := strings.Split(table, "\n")
-	head := columns.Split(strings.TrimSpace(lines[0]), -1)
-	for _, line := range lines[1:] {
-		row := map[string]string{}
-		for i, cell := range columns.Split(strings.TrimSpace(line), -1) {
-			if i < len(head) {
-				row[head[i]] = cell
-			}
-		}
-		if row["REPOSITORY"] != repository {
-			continue
-		}
-		if sent, err = parseAmount(row["SENT"]); err == nil {
-			saved, err = parseAmount(row["SAVED"])
-		}
-		return sent, saved, err
-	}
-	return 0, 0, fmt.Errorf("the pusher reports nothing of %s:\n%s", repository, table)
+// pushed is what "farkeep-pusher push --json" tells of one push.
+type pushed struct {
+	Generation string `json:"generation"`
+	Files      int64  `json:"files"`
+	Sent       int64  `json:"sent"`   // bytes
+	Copied     int64  `json:"copied"` // bytes
 }
 
-func parseAmount(s string) (int64, error) {
-	m := amount.FindStringSubmatch(s)
-	if m == nil {
-		return 0, fmt.Errorf("%q is no number of bytes", s)
+func reported(out string) (pushed, error) {
+	var report struct {
+		Pushes []pushed `json:"pushes"`
 	}
-	v, err := strconv.ParseFloat(m[1], 64)
-	for _, unit := range []string{"Ki", "Mi", "Gi", "Ti"} {
-		if m[2] == "" {
-			break
-		}
-		v *= 1024
-		if m[2] == unit {
-			break
-		}
+	if err := json.Unmarshal([]byte(out), &report); err != nil || len(report.Pushes) != 1 {
+		return pushed{}, fmt.Errorf("the pusher reports %q, %v", out, err)
 	}
-	return int64(v), err
+	return report.Pushes[0], nil
 }

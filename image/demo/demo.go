@@ -290,12 +290,11 @@ func (d *show) powerCut(ctx context.Context) error {
 		return err
 	}
 	return d.step("push again, to the end: what moved crosses the line never, what had arrived not again", func() error {
-		out, err := d.s.Push(ctx, "--target", "vault")
+		out, err := d.s.Push(ctx, "--target", "vault", "--json")
 		d.lastPush = time.Now()
 		if err != nil {
 			return err
 		}
-		d.say("%s", out)
 		return d.resumed(&day, out)
 	})
 }
