@@ -5,11 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -303,3 +305,50 @@ func TestBorg2ToDirectory(t *testing.T) {
 		t.Errorf("%v, hint %q", err, hint.Of(err))
 	}
 }
+
+// Whatever restic does meanwhile, every generation is a repository in which restic
+// finds nothing wrong.
+func TestResticAtOnce(t *testing.T) {
+	b, r, at := resticBench(t, "2")
+	r.Fill(t, 6, 1<<20)
+	r.Run(t, "backup", r.Source)
+	b.mustPush()
+	stop := make(chan struct{})
+	var restic sync.WaitGroup
+	restic.Go(func() {
+		defer close(stop)
+		for i := range atOnce {
+			r.Fill(t, 1, 3<<20)
+			if err := os.Remove(filepath.Join(r.Source, fmt.Sprintf("001-%04d", i%6))); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Error(err)
+			}
+			for _, args := range [][]string{{"backup", r.Source}, {"forget", "--keep-last", "1", "--prune", "--max-unused", "0"}} {
+				if out, err := r.Command(args...).CombinedOutput(); err != nil {
+					t.Errorf("restic %v: %v\n%s", args, err, out)
+				}
+			}
+		}
+	})
+	made := map[string]bool{}
+	for done := false; !done; {
+		select {
+		case <-stop:
+			done = true // and once more, when all is still
+		default:
+		}
+		if o := b.push().Outcomes[0]; o.Err == nil {
+			made[o.Generation] = true
+		} else if !errors.As(o.Err, new(*ChangedError)) {
+			t.Error(o.Err)
+		}
+	}
+	restic.Wait()
+	for generation := range made {
+		other := &restictest.Repository{Path: files(at, "photos", generation)}
+		other.Run(t, "--no-lock", "check", "--read-data")
+	}
+	t.Logf("%d generations", len(made))
+}
+
+// atOnce is how many times restic backs up and prunes.
+const atOnce = 2
