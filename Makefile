@@ -10,7 +10,7 @@ NEEDS    := qemu-system-arm qemu-system-x86 mmdebstrap borgbackup rsync openssh-
             fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd \
             rclone restic age zbar-tools gddrescue ssh-audit
 
-.PHONY: help all tools demo test test-fast lint bench fuzz image simulate torture needs clean
+.PHONY: help all tools demo test test-fast lint bench bench-parts fuzz image simulate torture needs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,8 +40,11 @@ test-fast: needs ## run the tests that need no emulator
 lint: ## gofmt, go vet, staticcheck, govulncheck where they can be had
 	.ci/lint
 
-bench: needs all ## measure against the programs that a user would take instead
-	$(GO) test -run '^$$' -bench . -benchtime 1x ./...
+bench: needs all ## measure against what one would take instead, over lines: half an hour, tables and plots in bench/
+	FARKEEP_BENCH=$(CURDIR)/bench $(GO) test -count=1 -timeout 4h -run '^$$' -bench '^BenchmarkLine$$' -benchtime 1x ./appliance
+
+bench-parts: needs all ## run every other benchmark
+	$(GO) test -timeout 2h -run '^$$' -bench . -skip '^BenchmarkLine$$' -benchtime 1x ./...
 
 # Fuzzing that fails by "context deadline exceeded" has found nothing: Go says that of a slow worker when the time is up.
 # What was found is a seed from then on, and fails again.
@@ -67,4 +70,4 @@ needs:
 	@.ci/needs $(NEEDS)
 
 clean: ## remove what was built
-	rm -rf bin out
+	rm -rf bin out bench

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/appliance/benchtest"
 	"farkeep/appliance/localcall"
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
@@ -25,8 +26,7 @@ import (
 // benchAppliance is an appliance's receiver and keeper, each a confined process
 // with its own user as in the field, on the loopback interface; and the pusher.
 // Benchmarks measure it, TestPushOverSSH and its neighbours try it.
-// The disk is a tmpfs that is always mounted: what is compared is programs, not
-// disks.
+// The disk is always mounted: a tmpfs in tests, an ext4 in memory in benchmarks.
 type benchAppliance struct {
 	paths   part.Paths
 	port    int
@@ -85,6 +85,12 @@ func startAppliance(b testing.TB, dir, bin, diskSize string, keys ...settings.Re
 
 func startApplianceWith(b testing.TB, dir, bin, diskSize string, kept settings.History, keys ...settings.ReceiverKey) *benchAppliance {
 	b.Helper()
+	return startApplianceOn(b, dir, bin, func(disk string) { mountTmpfs(b, disk, diskSize) }, kept, keys...)
+}
+
+// startApplianceOn has mount make the disk.
+func startApplianceOn(b testing.TB, dir, bin string, mount func(disk string), kept settings.History, keys ...settings.ReceiverKey) *benchAppliance {
+	b.Helper()
 	a := &benchAppliance{
 		bin:   bin,
 		paths: part.Paths{Run: filepath.Join(dir, "run"), State: filepath.Join(dir, "state"), Media: filepath.Join(dir, "media")},
@@ -107,7 +113,7 @@ func startApplianceWith(b testing.TB, dir, bin, diskSize string, kept settings.H
 	h := part.Header{Host: s.Name, Paths: a.paths}
 	a.header, a.settings = h, s
 	must(b, (&system{header: h}).makeFolders())
-	mountTmpfs(b, a.paths.Disk(), diskSize)
+	mount(a.paths.Disk())
 	must(b, os.Chown(a.paths.Disk(), part.KeeperUID, part.KeeperUID)) // as the disk part does
 	a.playDisk(b)
 	for _, name := range []string{part.Keeper, part.Receiver} {
@@ -124,11 +130,12 @@ func startApplianceWith(b testing.TB, dir, bin, diskSize string, kept settings.H
 	return a
 }
 
-// benchmarkAppliance builds the programs as a user has them, and starts them.
-func benchmarkAppliance(b *testing.B, dir string) *benchAppliance {
+// benchmarkAppliance builds the programs as a user has them, and starts them; the
+// disk is an ext4 in memory.
+func benchmarkAppliance(b testing.TB, dir string) *benchAppliance {
 	b.Helper()
 	buildPrograms(b, dir, "pusher", "appliance")
-	return startAppliance(b, dir, filepath.Join(dir, "farkeep-appliance"), "3g")
+	return startApplianceOn(b, dir, filepath.Join(dir, "farkeep-appliance"), func(disk string) { mountExt4(b, disk, 3<<10) }, settings.History{})
 }
 
 // playDisk stands in for the disk part: a disk that is mounted and stays so.
@@ -215,20 +222,21 @@ func (a *benchAppliance) kill(b testing.TB, name string) {
 	_ = cmd.Wait() // "signal: killed"
 }
 
-// site is a pusher's configuration for one repository, with a memory of its own.
+// benchSite is a pusher's configuration for one repository, with a memory of its own.
 type benchSite struct {
 	appliance  *benchAppliance
 	dir        string
 	repository string
+	text       string // site.toml, with a %s for the appliance's address
 }
 
-func (a *benchAppliance) site(b *testing.B, dir, repository, source string) *benchSite {
+func (a *benchAppliance) site(b testing.TB, dir, repository, source string) *benchSite {
 	b.Helper()
-	s := &benchSite{a, dir, repository}
+	s := &benchSite{appliance: a, dir: dir, repository: repository}
 	must(b, os.MkdirAll(dir, 0o700))
 	_, keys := newIdentity(b, "keys")
 	_, client := newIdentity(b, "client")
-	text := fmt.Sprintf(`name = "bench"
+	s.text = fmt.Sprintf(`name = "bench"
 [home]
 name = "home"
 push_key = %q
@@ -239,26 +247,32 @@ host_key = %q
 [[appliance]]
 name = "attic"
 board = "service"
-address = "127.0.0.1:%d"
+address = "%%s"
 host_key = %q
 client_key = %q
 [[repository]]
 name = %q
 path = %q
-`, a.pushKey, keys, a.port, a.hostKey, client, repository, source)
-	must(b, os.WriteFile(filepath.Join(dir, "site.toml"), []byte(text), 0o600))
+`, a.pushKey, keys, a.hostKey, client, repository, source)
+	s.through(b, a.address())
 	return s
 }
 
+// through has the pusher find the appliance at another address.
+func (s *benchSite) through(b testing.TB, address string) {
+	b.Helper()
+	must(b, os.WriteFile(filepath.Join(s.dir, "site.toml"), fmt.Appendf(nil, s.text, address), 0o600))
+}
+
 // push runs the pusher; result is the word that it must report.
-func (s *benchSite) push(b *testing.B, result string) cost {
+func (s *benchSite) push(b testing.TB, result string) benchtest.Cost {
 	b.Helper()
 	// At normal priority: rsync has no other.
 	cmd := exec.Command(s.appliance.pusher, "push", "--priority", "normal", "--site", filepath.Join(s.dir, "site.toml"),
 		"--identity", s.appliance.key, "--state", filepath.Join(s.dir, "state"))
 	c, out := measure(b, cmd, s.appliance.parts...)
 	for line := range strings.Lines(out) {
-		if f := strings.Fields(line); len(f) > 3 && f[1] == s.repository && f[2] == result {
+		if f := strings.Fields(line); len(f) > 3 && f[1] == s.repository && strings.TrimSuffix(f[2], ",") == result { // "new, suspect" is new
 			return c
 		}
 	}
@@ -267,7 +281,7 @@ func (s *benchSite) push(b *testing.B, result string) cost {
 }
 
 // generation is the folder of the newest generation, of which there must be n.
-func (s *benchSite) generation(b *testing.B, n int) string {
+func (s *benchSite) generation(b testing.TB, n int) string {
 	b.Helper()
 	all, err := filepath.Glob(filepath.Join(s.appliance.paths.Disk(), "generations", s.repository, "*-*"))
 	must(b, err)

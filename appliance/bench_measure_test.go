@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/appliance/benchtest"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -56,38 +58,64 @@ func mountTmpfs(b testing.TB, dir, size string) {
 	b.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 }
 
-// cost is what one run of a program took, on both sides.
-type cost struct {
-	wall                   time.Duration
-	clientCPU, serverCPU   time.Duration // user and system
-	clientPeak, serverPeak int64         // bytes: the processes' peaks (VmHWM), added up
+// mountExt4 mounts an empty ext4 of so many MiB. Its image lies in memory: what is
+// compared is programs, not disks, and yet with the work that a file system makes.
+// Writing the image is the work of a kernel thread, which is on nobody's account.
+func mountExt4(b testing.TB, dir string, mib int64) {
+	b.Helper()
+	memory := dir + ".memory"
+	mountTmpfs(b, memory, fmt.Sprintf("%dm", mib+mib/8))
+	must(b, os.MkdirAll(dir, 0o755))
+	image := filepath.Join(memory, "ext4")
+	must(b, os.WriteFile(image, nil, 0o600))
+	must(b, os.Truncate(image, mib<<20))
+	for _, cmd := range [][]string{
+		{"mke2fs", "-q", "-t", "ext4", "-i", "8192", "-E", "lazy_itable_init=0,lazy_journal_init=0", image},
+		{"mount", "-t", "ext4", "-o", "loop", image, dir},
+	} {
+		if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
+			b.Fatalf("%s (Debian packages e2fsprogs, mount): %v\n%s", cmd, err, out)
+		}
+	}
+	b.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			b.Errorf("unmount %s: %v", dir, err)
+		}
+	})
 }
 
-func (c cost) cpu() time.Duration { return c.clientCPU + c.serverCPU }
+// settle writes out what file systems still hold back, so that nobody's turn pays
+// for the one before.
+func settle(b testing.TB, dirs ...string) {
+	b.Helper()
+	for _, dir := range dirs {
+		f, err := os.Open(dir)
+		must(b, err)
+		must(b, unix.Syncfs(int(f.Fd())))
+		must(b, f.Close())
+	}
+}
 
 // measure runs the client and charges it for its descendants. The servers run
 // before and after; what they, and those of their descendants that have ended by then,
 // used meanwhile is the server's share.
-func measure(b *testing.B, cmd *exec.Cmd, servers ...int) (cost, string) {
+func measure(b testing.TB, cmd *exec.Cmd, servers ...int) (benchtest.Cost, string) {
 	b.Helper()
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	before := cpuOf(b, servers)
 	start := time.Now()
 	must(b, cmd.Start())
-	// Peaks are sampled: the kernel's own record of an ended process (ru_maxrss)
-	// counts what its parent had before it became another program.
+	// Memory is sampled, since what processes share is known only while they live;
+	// and not often, since looking takes half a millisecond.
 	stop, sampled := make(chan struct{}), make(chan struct{})
-	client, server := peaks{}, peaks{}
+	var client, server int64
 	go func() {
 		defer close(sampled)
-		tick := time.NewTicker(20 * time.Millisecond)
+		tick := time.NewTicker(50 * time.Millisecond)
 		defer tick.Stop()
 		for {
-			client.sample(cmd.Process.Pid)
-			for _, pid := range servers {
-				server.sample(pid)
-			}
+			client, server = max(client, memory(cmd.Process.Pid)), max(server, memory(servers...))
 			select {
 			case <-stop:
 				return
@@ -96,7 +124,7 @@ func measure(b *testing.B, cmd *exec.Cmd, servers ...int) (cost, string) {
 		}
 	}()
 	err := cmd.Wait()
-	c := cost{wall: time.Since(start)}
+	c := benchtest.Cost{Wall: time.Since(start)}
 	close(stop)
 	<-sampled
 	if err != nil {
@@ -105,15 +133,15 @@ func measure(b *testing.B, cmd *exec.Cmd, servers ...int) (cost, string) {
 	await(b, "the server's children end", func() bool {
 		return !slices.ContainsFunc(servers, func(pid int) bool { return len(children(pid)) > 0 })
 	})
-	c.clientCPU = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
-	c.serverCPU = cpuOf(b, servers) - before
-	c.clientPeak, c.serverPeak = client.sum(), server.sum()
+	c.ClientCPU = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	c.ServerCPU = cpuOf(b, servers) - before
+	c.ClientPeak, c.ServerPeak = client, server
 	return c, out.String()
 }
 
 // cpuOf adds up what the processes and their ended children have used
 // (proc(5), /proc/pid/stat, fields 14 to 17, in ticks of 10 ms).
-func cpuOf(b *testing.B, pids []int) (sum time.Duration) {
+func cpuOf(b testing.TB, pids []int) (sum time.Duration) {
 	b.Helper()
 	for _, pid := range pids {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -129,32 +157,21 @@ func cpuOf(b *testing.B, pids []int) (sum time.Duration) {
 	return sum
 }
 
-// peaks are the most memory that processes had, in bytes by pid.
-type peaks map[int]int64
-
-func (p peaks) sample(pid int) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return // it has ended
-	}
-	for line := range strings.Lines(string(text)) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+// memory is how many bytes the processes and their descendants hold now; a page
+// that n processes share counts for an nth in each (proc(5), smaps_rollup).
+func memory(pids ...int) (sum int64) {
+	for _, pid := range pids {
+		// An error is a process that has ended.
+		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+		if _, rest, found := strings.Cut(string(text), "\nPss:"); found {
 			var kib int64
 			if _, err := fmt.Sscanf(rest, "%d kB", &kib); err == nil {
-				p[pid] = kib << 10
+				sum += kib << 10
 			}
 		}
+		sum += memory(children(pid)...)
 	}
-	for _, child := range children(pid) {
-		p.sample(child)
-	}
-}
-
-func (p peaks) sum() (n int64) {
-	for _, v := range p {
-		n += v
-	}
-	return n
+	return sum
 }
 
 // children are the processes that the first thread of pid started.
@@ -172,7 +189,7 @@ func children(pid int) (pids []int) {
 }
 
 // sums are what b2sum says of the files below dir, sorted by path.
-func sums(b *testing.B, dir string) string {
+func sums(b testing.TB, dir string) string {
 	b.Helper()
 	var names []string
 	must(b, fs.WalkDir(os.DirFS(dir), ".", func(path string, d fs.DirEntry, err error) error {
@@ -197,7 +214,7 @@ func sums(b *testing.B, dir string) string {
 }
 
 // sameFiles fails the benchmark unless both folders hold the same files.
-func sameFiles(b *testing.B, want, dir string) {
+func sameFiles(b testing.TB, want, dir string) {
 	b.Helper()
 	if got := sums(b, dir); got != want {
 		b.Fatalf("%s does not hold what the source holds: %d and %d bytes of sums", dir, len(got), len(want))
@@ -205,7 +222,7 @@ func sameFiles(b *testing.B, want, dir string) {
 }
 
 // sameGeneration is sameFiles for a generation, whose own list must hold too.
-func sameGeneration(b *testing.B, want, dir string) {
+func sameGeneration(b testing.TB, want, dir string) {
 	b.Helper()
 	sameFiles(b, want, filepath.Join(dir, "files"))
 	cmd := exec.Command("b2sum", "-l", "256", "--quiet", "-c", "SUMS.b2")

@@ -2,9 +2,7 @@ package main
 
 import (
 	"cmp"
-	"crypto/rand"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,10 +10,12 @@ import (
 	"testing"
 	"text/tabwriter"
 	"time"
+
+	"farkeep/appliance/benchtest"
 )
 
 // These benchmarks compare a push with rsync over OpenSSH on the loopback
-// interface, with the programs that a user runs and memory for disks. The
+// interface, with the programs that a user runs and ext4 in memory for disks. The
 // rivals take turns within each round, so that what else the machine does hits
 // all of them; what counts is the median of the rounds' ratios. docs/performance.md
 // says what came out. They fail on wrong results, never on slow ones.
@@ -26,7 +26,7 @@ const rounds = 5
 // contender is one way to bring the source over.
 type contender struct {
 	name string
-	run  func(round int) cost
+	run  func(round int) benchtest.Cost
 }
 
 // BenchmarkUpload sends what the other side does not have at all: segments as
@@ -34,39 +34,42 @@ type contender struct {
 func BenchmarkUpload(b *testing.B) {
 	for _, data := range []struct {
 		name string
-		make func(b *testing.B, dir string) int64
+		make func(b testing.TB, dir string) int64
 	}{
 		{"segments", makeSegments},
+		{"borg", makeRepository},
 		{"small", makeSmall},
 	} {
 		b.Run(data.name, func(b *testing.B) {
 			dir := benchDir(b)
 			source, target := filepath.Join(dir, "source"), filepath.Join(dir, "target")
 			mountTmpfs(b, source, "3g")
-			mountTmpfs(b, target, "3g")
+			mountExt4(b, target, 3<<10)
 			size := data.make(b, source)
 			want := sums(b, source)
 			a, sshd := benchmarkAppliance(b, dir), startSSHD(b, dir)
 
-			rsync := func(cipher string) func(int) cost {
-				return func(int) cost {
+			rsync := func(cipher string) func(int) benchtest.Cost {
+				return func(int) benchtest.Cost {
 					to := filepath.Join(target, "copy")
 					c := sshd.copy(b, source, to, cipher)
 					sameFiles(b, want, to)
 					must(b, os.RemoveAll(to))
+					settle(b, target)
 					return c
 				}
 			}
 			pushes := 0
-			farkeep := func(int) cost {
+			farkeep := func(int) benchtest.Cost {
 				pushes++
 				repository := fmt.Sprintf("round-%d", pushes)
-				s := a.site(b, filepath.Join(target, repository), repository, source)
+				s := a.site(b, filepath.Join(dir, repository), repository, source)
 				c := s.push(b, "new")
 				generation := s.generation(b, 1)
 				sameGeneration(b, want, generation)
 				// Only the room: the keeper goes on without noticing.
 				must(b, os.RemoveAll(filepath.Join(generation, "files")))
+				settle(b, a.paths.Disk())
 				return c
 			}
 			compare(b, size, []contender{
@@ -84,8 +87,8 @@ func BenchmarkUnchanged(b *testing.B) {
 	dir := benchDir(b)
 	source, target := filepath.Join(dir, "source"), filepath.Join(dir, "target")
 	mountTmpfs(b, source, "3g")
-	mountTmpfs(b, target, "3g")
-	makeMany(b, source)
+	mountExt4(b, target, 3<<10)
+	makeMany(b, source, 100_000)
 	want := sums(b, source)
 	a, sshd := benchmarkAppliance(b, dir), startSSHD(b, dir)
 	to := filepath.Join(target, "copy")
@@ -96,9 +99,9 @@ func BenchmarkUnchanged(b *testing.B) {
 	sameGeneration(b, want, s.generation(b, 1))
 
 	compare(b, 0, []contender{
-		{"rsync", func(int) cost { return sshd.copy(b, source, to, defaultCipher) }},
-		{"rsync-no-inc", func(int) cost { return sshd.copy(b, source, to, defaultCipher, "--no-inc-recursive") }},
-		{"farkeep", func(int) cost { return s.push(b, "unchanged") }},
+		{"rsync", func(int) benchtest.Cost { return sshd.copy(b, source, to, defaultCipher) }},
+		{"rsync-no-inc", func(int) benchtest.Cost { return sshd.copy(b, source, to, defaultCipher, "--no-inc-recursive") }},
+		{"farkeep", func(int) benchtest.Cost { return s.push(b, "unchanged") }},
 	})
 	s.generation(b, 1)
 
@@ -108,52 +111,12 @@ func BenchmarkUnchanged(b *testing.B) {
 	sameGeneration(b, sums(b, source), s.generation(b, 2))
 }
 
-// makeSegments writes 512 MiB that do not compress, in files from 16 to 64 MiB.
-func makeSegments(b *testing.B, dir string) (size int64) {
-	b.Helper()
-	folder := filepath.Join(dir, "data", "0")
-	must(b, os.MkdirAll(folder, 0o755))
-	for i, mib := range []int64{64, 16, 48, 32, 64, 64, 24, 64, 56, 64, 16} {
-		f, err := os.Create(filepath.Join(folder, fmt.Sprint(i)))
-		must(b, err)
-		n, err := io.CopyN(f, rand.Reader, mib<<20)
-		must(b, err)
-		must(b, f.Close())
-		size += n
-	}
-	return size
-}
-
-// makeSmall writes 500 files of 20 KB.
-func makeSmall(b *testing.B, dir string) (size int64) {
-	b.Helper()
-	for i := range 500 {
-		content := make([]byte, 20_000)
-		rand.Read(content)
-		must(b, os.WriteFile(filepath.Join(dir, fmt.Sprintf("%05d", i)), content, 0o644))
-		size += int64(len(content))
-	}
-	return size
-}
-
-// makeMany writes 100,000 files into 100 folders.
-func makeMany(b *testing.B, dir string) {
-	b.Helper()
-	for i := range 100_000 {
-		folder := filepath.Join(dir, fmt.Sprintf("%03d", i%100))
-		if i < 100 {
-			must(b, os.Mkdir(folder, 0o755))
-		}
-		must(b, os.WriteFile(filepath.Join(folder, fmt.Sprintf("%08d", i)), fmt.Append(nil, "content of ", i), 0o644))
-	}
-}
-
 // compare runs the contenders in turns and reports medians, and for the last one
 // its ratios to each of the others: below 1 it took less. size is in bytes; 0
 // reports seconds in place of a rate.
 func compare(b *testing.B, size int64, all []contender) {
 	b.Helper()
-	costs := make([][]cost, len(all))
+	costs := make([][]benchtest.Cost, len(all))
 	for b.Loop() {
 		for round := range rounds {
 			for i := range all {
@@ -170,15 +133,15 @@ func compare(b *testing.B, size int64, all []contender) {
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "\tseconds\tMB/s\tCPU s client\tCPU s server\tCPU s/GB\tMiB client\tMiB server\t")
 	for i, c := range all {
-		seconds := median(costs[i], func(c cost) float64 { return c.wall.Seconds() })
-		client := median(costs[i], func(c cost) float64 { return c.clientCPU.Seconds() })
-		server := median(costs[i], func(c cost) float64 { return c.serverCPU.Seconds() })
-		perGB := median(costs[i], func(c cost) float64 { return c.cpu().Seconds() * 1e9 / float64(size) })
+		seconds := median(costs[i], func(c benchtest.Cost) float64 { return c.Wall.Seconds() })
+		client := median(costs[i], func(c benchtest.Cost) float64 { return c.ClientCPU.Seconds() })
+		server := median(costs[i], func(c benchtest.Cost) float64 { return c.ServerCPU.Seconds() })
+		perGB := median(costs[i], func(c benchtest.Cost) float64 { return c.CPU().Seconds() * 1e9 / float64(size) })
 		row := func(rate, perGB string) {
 			fmt.Fprintf(w, "%s\t%.2f\t%s\t%.2f\t%.2f\t%s\t", c.name, seconds, rate, client, server, perGB)
 		}
-		clientPeak := slices.MaxFunc(costs[i], func(a, b cost) int { return cmp.Compare(a.clientPeak, b.clientPeak) }).clientPeak
-		serverPeak := slices.MaxFunc(costs[i], func(a, b cost) int { return cmp.Compare(a.serverPeak, b.serverPeak) }).serverPeak
+		clientPeak := slices.MaxFunc(costs[i], func(a, b benchtest.Cost) int { return cmp.Compare(a.ClientPeak, b.ClientPeak) }).ClientPeak
+		serverPeak := slices.MaxFunc(costs[i], func(a, b benchtest.Cost) int { return cmp.Compare(a.ServerPeak, b.ServerPeak) }).ServerPeak
 		if size == 0 {
 			row("-", "-")
 			b.ReportMetric(seconds, c.name+"-s")
@@ -198,8 +161,8 @@ func compare(b *testing.B, size int64, all []contender) {
 	for i, c := range all[:len(all)-1] {
 		wall, cpu := make([]float64, len(own)), make([]float64, len(own))
 		for r := range own {
-			wall[r] = own[r].wall.Seconds() / costs[i][r].wall.Seconds()
-			cpu[r] = own[r].cpu().Seconds() / max(costs[i][r].cpu(), 10*time.Millisecond).Seconds()
+			wall[r] = own[r].Wall.Seconds() / costs[i][r].Wall.Seconds()
+			cpu[r] = own[r].CPU().Seconds() / max(costs[i][r].CPU(), 10*time.Millisecond).Seconds()
 		}
 		slices.Sort(wall)
 		slices.Sort(cpu)
@@ -211,7 +174,7 @@ func compare(b *testing.B, size int64, all []contender) {
 	b.Logf("medians of %d rounds in turns, peaks over all\n%s", len(own), table.String())
 }
 
-func median(costs []cost, of func(cost) float64) float64 {
+func median(costs []benchtest.Cost, of func(benchtest.Cost) float64) float64 {
 	all := make([]float64, len(costs))
 	for i, c := range costs {
 		all[i] = of(c)
