@@ -233,6 +233,29 @@ func TestCutsCostLittleOverSSH(t *testing.T) {
 	}
 }
 
+// The rate limit holds on the line, SSH's own bytes included: they are less than a
+// hundredth.
+func TestRateLimitOnTheLine(t *testing.T) {
+	const rate, size = 1_500_000, 4 << 20
+	a := startAppliance(t, benchDir(t), program(t), "64m")
+	p := linetest.Start(t, a.address(), linetest.Line{})
+	h := newHome(t, a.through(t, p.Addr()))
+	h.rate = func(string, time.Time) int64 { return rate }
+	h.write(map[string]string{"noise": noise(1, size)})
+	begun := time.Now()
+	o := h.push()
+	took := time.Since(begun)
+	up, _ := p.Sent()
+	t.Logf("%d bytes for %d of content in %v: %.1f %% of the limit", up, o.Bytes, took, 100*float64(up)/took.Seconds()/rate)
+	if o.Bytes != size || up > size+size/100+8<<10 {
+		t.Errorf("%d bytes crossed for %d of content", up, o.Bytes)
+	}
+	// A tenth of a second may be made up for.
+	if least := size*time.Second/rate - 150*time.Millisecond; took < least {
+		t.Errorf("%d bytes took %v, and may not take less than %v", size, took, least)
+	}
+}
+
 // BenchmarkFarLine says how much of a long, wide line one upload fills: 100 Mbit/s
 // and 150 ms there and back, by way of linetest.
 func BenchmarkFarLine(b *testing.B) {

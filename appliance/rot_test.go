@@ -28,6 +28,7 @@ type home struct {
 	state  string
 	memory *repository.Memory
 	to     target.Target
+	rate   func(target string, at time.Time) int64 // nil: no limit
 }
 
 func newHome(t *testing.T, to target.Target) *home {
@@ -54,7 +55,7 @@ func (h *home) push() push.Outcome {
 	defer state.Close()
 	p := &push.Push{
 		Host: "home", Repositories: found.Repositories, Problems: found.Problems, Whole: true, Targets: []target.Target{h.to},
-		State: h.state, Memory: h.memory, Lock: borglock.Options{Wait: 10 * time.Second},
+		State: h.state, Memory: h.memory, Rate: h.rate, Lock: borglock.Options{Wait: 10 * time.Second},
 		Pause: func() backoff.BackOff { return backoff.NewConstantBackOff(50 * time.Millisecond) },
 		Now:   time.Now, Log: log, Board: progress.New(nil, nil, log, time.Now),
 	}

@@ -32,6 +32,7 @@ import (
 	"farkeep/pusher/progress"
 	"farkeep/pusher/repository"
 	"farkeep/pusher/target"
+	"farkeep/shared/contentname"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
@@ -465,7 +466,8 @@ func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *lis
 		copied: func(n int64) { o.Copied += n; lane.Add(n) },
 		spared: func(n int64) { o.Bytes -= n; o.Spared += n },
 		times:  &uploading{c: &o.clock, sleep: p.sleep},
-		pack:   t.Far() && pic.repository.Kind == pushwire.KindFiles,
+		// What Borg and restic write is encrypted, or compressed already.
+		pack: t.Far() && pic.repository.Kind == pushwire.KindFiles && pic.repository.Layout == contentname.None,
 	}
 	if !careful {
 		if u.plan, err = p.plan(ctx, t, pic, answer, u); err != nil {
