@@ -89,6 +89,10 @@ Borg may ask about a repository that "was previously located" elsewhere; that is
 expected for a copy. The repository's own passphrase or key is needed, and is not on
 this disk.
 
+A restic repository is read where it is:
+
+  restic -r generations/<repository>/<number>-<UTC time>/files --no-lock restore latest --target ~/restored
+
 Nothing in generations/ should ever be changed. incoming/ holds uploads that were
 not finished, staging/ those of stock clients, and .farkeep/going/ generations that
 were expired: these may be deleted.
