@@ -21,9 +21,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// toll is what a device was asked for.
+type toll struct{ writes, bytes, flushes int64 }
+
+func (t toll) since(o toll) toll {
+	return toll{t.writes - o.writes, t.bytes - o.bytes, t.flushes - o.flushes}
+}
+
 // ext4 mounts an empty ext4 of so many MiB behind a loop device, and returns its
-// folder and a function that returns how many bytes were written to the device.
-func ext4(tb testing.TB, mb int64) (dir string, written func() int64) {
+// folder and a function that returns what was written to the device.
+func ext4(tb testing.TB, mb int64) (dir string, written func() toll) {
 	tb.Helper()
 	if os.Getuid() != 0 {
 		tb.Fatal("this makes and mounts a file system: run it as root")
@@ -44,21 +51,88 @@ func ext4(tb testing.TB, mb int64) (dir string, written func() int64) {
 			tb.Error("unmount: ", err)
 		}
 	})
-	return dir, func() int64 {
+	return dir, func() toll {
 		stat, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(loop), "stat"))
 		if err != nil {
 			tb.Fatal(err)
 		}
-		sectors, err := strconv.ParseInt(strings.Fields(string(stat))[6], 10, 64) // Documentation/block/stat.rst: sectors written
-		if err != nil {
-			tb.Fatal(err)
+		var n []int64 // Documentation/block/stat.rst
+		for _, field := range strings.Fields(string(stat)) {
+			v, err := strconv.ParseInt(field, 10, 64)
+			if err != nil {
+				tb.Fatal(err)
+			}
+			n = append(n, v)
 		}
-		return sectors * 512
+		if len(n) < 17 {
+			tb.Fatal("this kernel does not count flushes: Linux 5.5 does")
+		}
+		return toll{writes: n[4], bytes: n[6] * 512, flushes: n[15]}
+	}
+}
+
+// BenchmarkReceiveDisk counts what an upload asks of a disk: how often it must
+// flush its cache, which is where a USB hard disk loses its time, and in what
+// pieces it is written to.
+func BenchmarkReceiveDisk(b *testing.B) {
+	for _, c := range []struct {
+		name  string
+		files int
+		size  int
+	}{{"long", 8, 64 << 20}, {"small", 5000, 20 << 10}} {
+		b.Run(c.name, func(b *testing.B) {
+			day := tree{}
+			for i := range c.files {
+				day.add(fmt.Sprintf("%05d", i), noise(uint64(i), c.size))
+			}
+			dir, written := ext4(b, 2048)
+			s := open(b, dir, generations.Options{})
+			var all toll
+			for b.Loop() {
+				b.StopTimer()
+				answer, tx, err := begin(b, s, "photos", day)
+				if err != nil {
+					b.Fatal(err)
+				}
+				before := written()
+				b.StartTimer()
+				if _, err := tx.Upload(b.Context(), func(w io.Writer) error { return day.write(w, answer) }); err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				t := written().since(before)
+				all = toll{all.writes + t.writes, all.bytes + t.bytes, all.flushes + t.flushes}
+				if err := tx.Abort(b.Context()); err != nil {
+					b.Fatal(err)
+				}
+				tx.Close()
+				b.StartTimer()
+			}
+			gb := float64(b.N) * float64(c.files) * float64(c.size) / 1e9
+			b.SetBytes(int64(c.files) * int64(c.size))
+			b.ReportMetric(float64(all.flushes)/gb, "flushes/GB")
+			b.ReportMetric(float64(all.bytes)/float64(all.writes)/1024, "KiB/write")
+			b.ReportMetric(float64(all.bytes)/1e9/gb, "written/GB")
+		})
 	}
 }
 
 // samples are what one step cost, time after time.
-type samples struct{ seconds, mb []float64 }
+type samples struct{ seconds, cpu, mb []float64 }
+
+// cpuSeconds is what this process and its ended children have used of the
+// processors, the kernel's work for them included.
+func cpuSeconds(tb testing.TB) (s float64) {
+	tb.Helper()
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var r unix.Rusage
+		if err := unix.Getrusage(who, &r); err != nil {
+			tb.Fatal(err)
+		}
+		s += float64(r.Utime.Nano()+r.Stime.Nano()) / 1e9
+	}
+	return s
+}
 
 func median(v []float64) float64 {
 	v = slices.Sorted(slices.Values(v))
@@ -91,13 +165,14 @@ func BenchmarkGeneration(b *testing.B) {
 				if err := root.SyncFS(); err != nil {
 					b.Fatal(err)
 				}
-				bytes, start := written(), time.Now()
+				before, cpu, start := written(), cpuSeconds(b), time.Now()
 				f()
 				if err := root.SyncFS(); err != nil {
 					b.Fatal(err)
 				}
 				to.seconds = append(to.seconds, time.Since(start).Seconds())
-				to.mb = append(to.mb, float64(written()-bytes)/1e6)
+				to.cpu = append(to.cpu, cpuSeconds(b)-cpu)
+				to.mb = append(to.mb, float64(written().since(before).bytes)/1e6)
 			}
 			var names []string
 			var offer pushwire.Offer
@@ -142,10 +217,10 @@ func BenchmarkGeneration(b *testing.B) {
 				names = names[1:]
 				measure(&rm, func() { tool(b, "coreutils", "rm", "-rf", copied) })
 			}
-			ratio := func(of, to samples) float64 {
+			ratio := func(of, to []float64) float64 {
 				var r []float64
-				for i := range of.seconds {
-					r = append(r, of.seconds[i]/to.seconds[i])
+				for i := range of {
+					r = append(r, of[i]/to[i])
 				}
 				return median(r)
 			}
@@ -153,13 +228,17 @@ func BenchmarkGeneration(b *testing.B) {
 			b.ReportMetric(median(commit.mb), "MB-written/make")
 			b.ReportMetric(median(cp.seconds), "s/cp-al")
 			b.ReportMetric(median(cp.mb), "MB-written/cp-al")
-			b.ReportMetric(ratio(commit, cp), "x-cp-al")
+			b.ReportMetric(ratio(commit.seconds, cp.seconds), "x-cp-al")
+			b.ReportMetric(median(commit.cpu), "cpu-s/make")
+			b.ReportMetric(median(cp.cpu), "cpu-s/cp-al")
+			b.ReportMetric(ratio(commit.cpu, cp.cpu), "x-cpu-cp-al")
 			b.ReportMetric(median(expire.seconds), "s/expire")
 			b.ReportMetric(median(restedFor), "s-rest/expire")
 			b.ReportMetric(median(expire.mb), "MB-written/expire")
 			b.ReportMetric(median(rm.seconds), "s/rm-rf")
 			b.ReportMetric(median(rm.mb), "MB-written/rm-rf")
-			b.ReportMetric(ratio(expire, rm), "x-rm-rf")
+			b.ReportMetric(ratio(expire.seconds, rm.seconds), "x-rm-rf")
+			b.ReportMetric(ratio(expire.cpu, rm.cpu), "x-cpu-rm-rf")
 			b.ReportMetric(peak, "peak-MB")
 		})
 	}
