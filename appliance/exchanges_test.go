@@ -238,14 +238,14 @@ func TestCutsCostLittleOverSSH(t *testing.T) {
 func TestRateLimitOnTheLine(t *testing.T) {
 	const rate, size = 1_500_000, 4 << 20
 	a := startAppliance(t, benchDir(t), program(t), "64m")
-	p := linetest.Start(t, a.address(), linetest.Line{})
-	h := newHome(t, a.through(t, p.Addr()))
+	l := &line{}
+	h := newHome(t, a.client(t, l))
 	h.rate = func(string, time.Time) int64 { return rate }
 	h.write(map[string]string{"noise": noise(1, size)})
 	begun := time.Now()
 	o := h.push()
 	took := time.Since(begun)
-	up, _ := p.Sent()
+	up := l.sent.Load()
 	t.Logf("%d bytes for %d of content in %v: %.1f %% of the limit", up, o.Bytes, took, 100*float64(up)/took.Seconds()/rate)
 	if o.Bytes != size || up > size+size/100+8<<10 {
 		t.Errorf("%d bytes crossed for %d of content", up, o.Bytes)
