@@ -282,7 +282,7 @@ type pushJSON struct {
 	Copied     int64              `json:"copied"`         // bytes that the target took from what it held
 	Spared     int64              `json:"spared"`         // bytes that compression spared
 	Seconds    float64            `json:"seconds"`        // altogether
-	Spent      map[string]float64 `json:"spent"`          // seconds on: source, work, limit, line, store, away
+	Spent      map[string]float64 `json:"spent"`          // seconds on: lock, source, work, limit, line, store, away
 	Slow       string             `json:"slow,omitempty"` // why it took long
 	Error      string             `json:"error,omitempty"`
 	Hint       string             `json:"hint,omitempty"`
@@ -313,7 +313,7 @@ func showReportJSON(env *Env, r *push.Report) error {
 			Target: o.Target, Repository: o.Repository, Result: result(o), Generation: o.Generation, Files: o.Files,
 			Sent: o.Bytes, Copied: o.Copied, Spared: o.Spared, Seconds: o.Took.Seconds(), Slow: o.Slow, Error: text(o.Err),
 			Spent: map[string]float64{
-				"source": o.Spent.Source.Seconds(), "work": o.Spent.Work.Seconds(), "limit": o.Spent.Limit.Seconds(),
+				"lock": o.Spent.Lock.Seconds(), "source": o.Spent.Source.Seconds(), "work": o.Spent.Work.Seconds(), "limit": o.Spent.Limit.Seconds(),
 				"line": o.Spent.Line.Seconds(), "store": o.Spent.Store.Seconds(), "away": o.Spent.Away.Seconds(),
 			},
 		}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"farkeep/pusher/freeze"
 	"farkeep/pusher/listing"
@@ -29,7 +30,9 @@ type picture struct {
 	made   bool
 	err    error
 	frozen *freeze.Freeze // nil for plain files
-	list   *list
+	// freezing is how long that took, most of it for Borg's lock if it was long.
+	freezing time.Duration
+	list     *list
 }
 
 // list is a manifest in a file of its own.
@@ -66,8 +69,11 @@ func (p *picture) make(ctx context.Context, lane *progress.Lane) (*list, error) 
 	opt := p.push.Lock
 	opt.Log = p.push.Log
 	opt.Journal = p.push.state("locks", r.Name)
+	begun := p.push.Now()
 	var err error
-	if p.frozen, err = freeze.Take(ctx, r.Path, opt); err != nil {
+	p.frozen, err = freeze.Take(ctx, r.Path, opt)
+	p.freezing = p.push.Now().Sub(begun)
+	if err != nil {
 		return nil, err
 	}
 	// The lock settles it: this is the repository that was checked before.

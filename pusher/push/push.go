@@ -254,9 +254,12 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 
 // one brings one repository to one target.
 func (p *Push) one(ctx context.Context, t target.Target, pic *picture, o *Outcome, lane *progress.Lane) error {
-	listed := o.clock.spend(&o.clock.Source)
+	begun := p.Now()
 	l, err := pic.take(ctx, lane)
-	listed()
+	took := p.Now().Sub(begun)
+	freezing := min(took, pic.freezing)
+	o.clock.Lock += freezing
+	o.clock.Source += took - freezing
 	if err != nil {
 		return err
 	}

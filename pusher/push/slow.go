@@ -16,6 +16,7 @@ const slowAfter = 5 * time.Minute
 // Spent is what the time of a push went into, as seen by whoever sends. What is
 // left of Outcome.Took are the exchanges.
 type Spent struct {
+	Lock   time.Duration // freezing, which waits for Borg's lock
 	Source time.Duration // reading and listing here
 	Work   time.Duration // hashing and compressing here
 	Limit  time.Duration // the rate limit
@@ -115,6 +116,7 @@ func (s Spent) why(took time.Duration, bytes, rate int64) string {
 		spent time.Duration
 		what  string
 	}{
+		{s.Lock, "waiting for Borg's lock"},
 		{s.Source, "reading the source"},
 		{s.Work, "hashing and compressing here"},
 		{s.Limit, limit},
