@@ -37,7 +37,7 @@ import (
 
 // program is a copy of this test binary under the program's name, where every
 // user may start it.
-func program(t *testing.T) string {
+func program(t testing.TB) string {
 	t.Helper()
 	self, err := os.ReadFile("/proc/self/exe")
 	must(t, err)
