@@ -164,21 +164,20 @@ func (n *packs) take(d *manifest.Change) (role contentname.Role, ok bool) {
 func (j *Judge) checkNames(ctx context.Context, c *generations.Candidate, n *packs, f *findings) (checked, wrong int64, err error) {
 	r := &nameReader{ctx: ctx, candidate: c, layout: n.layout, buf: make([]byte, 256<<10)}
 	end := j.config.Now().Add(j.config.Patience)
+	r.late = func() bool { return !j.config.Now().Before(end) }
 
 	// One that was there and has other content now was, or is, not what its name
-	// says. That it is right now and was rotten until now is good news.
+	// says. That it is right now and was rotten until now is good news, but for what
+	// there is no time to read.
 	for _, one := range n.other.files {
 		ok, err := r.check(one)
-		if err != nil {
+		if err != nil && !errors.Is(err, errLate) {
 			return checked, wrong, err
 		}
 		if checked++; !ok {
 			wrong++
 			f.add("%s, named by what is in them, have other content than before (such as %s). %s never changes a file: they were encrypted or overwritten, or the disk at home is failing.",
 				plural(n.other.seen, "file"), short(n.layout.Path(one.role, one.id)), n.program())
-			break
-		}
-		if !j.config.Now().Before(end) {
 			break
 		}
 	}
@@ -199,6 +198,9 @@ func (j *Judge) checkNames(ctx context.Context, c *generations.Candidate, n *pac
 	var names []string
 	for _, one := range n.fresh.files {
 		ok, err := r.check(one)
+		if errors.Is(err, errLate) {
+			break
+		}
 		if err != nil {
 			return checked, wrong, err
 		}
@@ -206,9 +208,6 @@ func (j *Judge) checkNames(ctx context.Context, c *generations.Candidate, n *pac
 			if bad++; len(names) < namesOfFew {
 				names = append(names, short(n.layout.Path(one.role, one.id)))
 			}
-		}
-		if !j.config.Now().Before(end) {
-			break
 		}
 	}
 	if bad > 0 {
@@ -246,9 +245,13 @@ type nameReader struct {
 	ctx       context.Context
 	candidate *generations.Candidate
 	layout    contentname.Layout
-	likely    int // the hash that the last names were made by
+	late      func() bool // patience is at its end
+	likely    int         // the hash that the last names were made by
 	buf       []byte
 }
+
+// errLate ends the reading, in the middle of a file too: nothing bounds its size.
+var errLate = errors.New("no time is left to read it")
 
 // check reads a file of the candidate, more than once where it is not known by which
 // hash it was named: on a board the reading costs less than a hash.
@@ -269,6 +272,9 @@ func (r *nameReader) check(f file) (bool, error) {
 		for {
 			if r.ctx.Err() != nil {
 				return false, context.Cause(r.ctx)
+			}
+			if r.late() {
+				return false, errLate
 			}
 			k, err := in.Read(r.buf)
 			check.Write(r.buf[:k])

@@ -30,6 +30,7 @@ import (
 // days, and each is caught twice: the pusher refuses what is not what its name
 // says, and the appliance sees what an enemy pushes without the pusher.
 func TestSimulationRestic(t *testing.T) {
+	t.Parallel()
 	days := daysToSimulate(t) * 4 / 5 // each restic takes half a second to try a passphrase
 	seen := &observer{}
 	log := slog.New(seen)

@@ -468,6 +468,7 @@ func daysToSimulate(t testing.TB) int {
 }
 
 func TestSimulation(t *testing.T) {
+	t.Parallel()
 	days := daysToSimulate(t)
 	const seed = 7
 	t.Logf("seed %d, %d days", seed, days)

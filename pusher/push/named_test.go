@@ -86,6 +86,7 @@ func TestResticToDirectory(t *testing.T) {
 // A pack that its disk damaged goes nowhere; the push says which it is, and who has
 // it as it was. What is put back is pushed again.
 func TestWrongNameIsNotPushed(t *testing.T) {
+	t.Parallel()
 	b, r, at := resticBench(t, "2")
 	r.Fill(t, 4, 2<<20)
 	r.Run(t, "backup", r.Source)
@@ -155,6 +156,7 @@ func TestWrongNameIsNotPushed(t *testing.T) {
 // A backup adds files while a list is made and pushed: what goes is a whole
 // repository. A prune takes some away: the list is made anew.
 func TestResticLivesOn(t *testing.T) {
+	t.Parallel()
 	b, r, at := resticBench(t, "2")
 	r.Fill(t, 4, 2<<20)
 	r.Run(t, "backup", r.Source)
@@ -309,6 +311,7 @@ func TestBorg2ToDirectory(t *testing.T) {
 // Whatever restic does meanwhile, every generation is a repository in which restic
 // finds nothing wrong.
 func TestResticAtOnce(t *testing.T) {
+	t.Parallel()
 	b, r, at := resticBench(t, "2")
 	r.Fill(t, 6, 1<<20)
 	r.Run(t, "backup", r.Source)
