@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,25 +13,106 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"farkeep/pusher/borgtest"
 )
 
-// peakVariable names a file to which the program of the tests writes, at its end,
-// how much memory it had at most, in bytes.
-const peakVariable = "FARKEEP_TEST_PEAK"
+// endVariable names a file to which the program of the tests writes, at its end,
+// what it was like.
+const endVariable = "FARKEEP_TEST_END"
 
-func notePeak() {
-	path := os.Getenv(peakVariable)
+// end is what a process was like when it ended.
+type end struct {
+	Peak    int `json:"peak"` // the most memory that it had, in bytes
+	Nice    int `json:"nice"`
+	IOClass int `json:"io_class"` // ioprio_get(2): 0 none, 3 idle
+}
+
+func noteEnd() {
+	path := os.Getenv(endVariable)
 	if path == "" {
 		return
 	}
-	text, err := os.ReadFile("/proc/self/status")
-	if err == nil {
-		m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(text)
-		err = os.WriteFile(path, append(m[1], "000"...), 0o600)
-	}
+	err := func() error {
+		text, err := os.ReadFile("/proc/self/status")
+		if err != nil {
+			return err
+		}
+		var e end
+		if e.Peak, err = strconv.Atoi(string(regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(text)[1])); err != nil {
+			return err
+		}
+		e.Peak <<= 10
+		// The system call gives 20 minus the nice value (getpriority(2)).
+		nice, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+		if err != nil {
+			return err
+		}
+		e.Nice = 20 - nice
+		priority, _, errno := unix.Syscall(unix.SYS_IOPRIO_GET, 1, 0, 0)
+		if errno != 0 {
+			return errno
+		}
+		e.IOClass = int(priority >> 13)
+		out, err := json.Marshal(e)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(path, out, 0o600)
+	}()
 	if err != nil {
 		panic(err)
+	}
+}
+
+// ended runs the pusher to its end, which must be a good one.
+func ended(t *testing.T, args ...string) (e end, c *exec.Cmd, stdout, stderr []byte) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "end")
+	c = exec.CommandContext(t.Context(), program, args...)
+	c.Env = append(os.Environ(), endVariable+"="+path)
+	var said bytes.Buffer
+	c.Stderr = &said
+	stdout, err := c.Output()
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", args, err, said.Bytes())
+	}
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, &e)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e, c, stdout, said.Bytes()
+}
+
+// A push stays behind every other process unless it is told not to.
+func TestPriority(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, name := range []string{"papers", "disk"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "papers", "a"), []byte("a"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := writeSite(dir, fmt.Sprintf("[[repository]]\nname = \"papers\"\npath = %q\n[[directory_target]]\nname = \"disk\"\npath = %q\n", filepath.Join(dir, "papers"), filepath.Join(dir, "disk"))); err != nil {
+		t.Fatal(err)
+	}
+	push := []string{"push", "--site", filepath.Join(dir, "site.toml"), "--state", filepath.Join(dir, "state")}
+	if e, _, _, _ := ended(t, push...); e.Nice != 19 || e.IOClass != 3 {
+		t.Errorf("by itself: nice %d, I/O class %d", e.Nice, e.IOClass)
+	}
+	mine, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e, _, _, _ := ended(t, append(push, "--priority", "normal")...); e.Nice != 20-mine || e.IOClass == 3 {
+		t.Errorf("normal: nice %d, I/O class %d; the test has nice %d", e.Nice, e.IOClass, 20-mine)
 	}
 }
 
@@ -66,29 +148,13 @@ func TestMemory(t *testing.T) {
 	r := borgtest.NewLarge(t, filepath.Join(dir, "home"), segments, chunks/segments)
 	push := func(what string) (out string) {
 		t.Helper()
-		peak := filepath.Join(dir, "peak")
-		c := exec.CommandContext(t.Context(), program, "push", "--site", filepath.Join(dir, "site.toml"), "--state", state)
-		c.Env = append(os.Environ(), peakVariable+"="+peak)
-		var said bytes.Buffer
-		c.Stderr = &said
 		began := time.Now()
-		table, err := c.Output()
-		if err != nil {
-			t.Fatalf("%s: %v\n%s", what, err, said.Bytes())
+		e, c, table, said := ended(t, "push", "--site", filepath.Join(dir, "site.toml"), "--state", state)
+		t.Logf("%s: %d MB at most, %.1f s of CPU, %.1f s\n%s", what, e.Peak/1e6, (c.ProcessState.UserTime() + c.ProcessState.SystemTime()).Seconds(), time.Since(began).Seconds(), table)
+		if limit := peakBase + peakChunk*chunks; e.Peak > limit {
+			t.Errorf("%s of %d chunks: %d bytes of memory, and %d are allowed", what, chunks, e.Peak, limit)
 		}
-		text, err := os.ReadFile(peak)
-		if err != nil {
-			t.Fatal(err)
-		}
-		got, err := strconv.Atoi(string(text))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("%s: %d MB at most, %.1f s of CPU, %.1f s\n%s", what, got/1e6, (c.ProcessState.UserTime() + c.ProcessState.SystemTime()).Seconds(), time.Since(began).Seconds(), table)
-		if limit := peakBase + peakChunk*chunks; got > limit {
-			t.Errorf("%s of %d chunks: %d bytes of memory, and %d are allowed", what, chunks, got, limit)
-		}
-		return said.String()
+		return string(said)
 	}
 	copied := func(said string) (n int) {
 		t.Helper()
