@@ -550,7 +550,7 @@ func BenchmarkPlan(b *testing.B) {
 	r := newTree(b, map[string][]byte{"data/9/9999": func() []byte {
 		var all [][]byte
 		for i := range 100_000 {
-			e := entry(borgsegment.Put, byte(i), []byte(fmt.Sprint(i)))
+			e := entry(borgsegment.Put, byte(i), fmt.Appendf(nil, "%030d", i))
 			all = append(all, e)
 		}
 		return segment(all...)
