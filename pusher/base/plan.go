@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/bits"
 	"os"
 	"slices"
 
@@ -31,6 +32,8 @@ type Plan struct {
 	target     string
 	repository string
 	wanted     []uint64 // fingerprints, sorted
+	begins     []uint32 // where in wanted those begin whose first bits are the number
+	shift      int      // how far right the first bits are
 	places     []place  // of each of them
 	files      []string // of places
 	kept       map[string]keptFile
@@ -67,9 +70,7 @@ func (m *Memory) Plan(ctx context.Context, target, repository string, digest man
 	if err := needed(func(e manifest.Entry) error { return p.want(ctx, e, open) }); err != nil {
 		return nil, err
 	}
-	slices.Sort(p.wanted)
-	p.wanted = slices.Clip(slices.Compact(p.wanted))
-	p.places = make([]place, len(p.wanted))
+	p.sort()
 	for n := r.next(); n != nil; n = r.next() {
 		if err := ctx.Err(); err != nil {
 			return nil, context.Cause(ctx)
@@ -80,7 +81,7 @@ func (m *Memory) Plan(ctx context.Context, target, repository string, digest man
 		}
 		used := false
 		n.each(func(print uint64, offset int64) {
-			at, ok := slices.BinarySearch(p.wanted, print)
+			at, ok := p.search(print)
 			if !ok || p.places[at].file != 0 || offset > 1<<32-1 {
 				return
 			}
@@ -92,6 +93,34 @@ func (m *Memory) Plan(ctx context.Context, target, repository string, digest man
 		})
 	}
 	return p, r.drain()
+}
+
+// maxBegins bounds the table of beginnings: 4 MB of it.
+const maxBegins = 20 // bits
+
+// sort makes what is wanted fit to be searched. Each of millions of entries of the
+// base is looked for, and most in vain: the table tells where to look at once.
+func (p *Plan) sort() {
+	slices.Sort(p.wanted)
+	p.wanted = slices.Compact(p.wanted)
+	p.places = make([]place, len(p.wanted))
+	width := min(bits.Len(uint(len(p.wanted))), maxBegins)
+	p.shift = 64 - width
+	p.begins = make([]uint32, 1<<width+1)
+	for _, print := range p.wanted {
+		p.begins[print>>p.shift+1]++
+	}
+	for i := range p.begins[1:] {
+		p.begins[i+1] += p.begins[i]
+	}
+}
+
+// search finds where in wanted a fingerprint is.
+func (p *Plan) search(print uint64) (at int, ok bool) {
+	first := print >> p.shift
+	begin := int(p.begins[first])
+	at, ok = slices.BinarySearch(p.wanted[begin:p.begins[first+1]], print)
+	return begin + at, ok
 }
 
 // want collects the fingerprints of a segment that is to be sent.
@@ -129,7 +158,7 @@ func ignoreFormat(err error) error {
 }
 
 func (p *Plan) find(e *borgsegment.Entry) (place, bool) {
-	at, ok := slices.BinarySearch(p.wanted, fingerprint(e))
+	at, ok := p.search(fingerprint(e))
 	if !ok || p.places[at].file == 0 {
 		return place{}, false
 	}
