@@ -299,14 +299,14 @@ func TestNamedPatience(t *testing.T) {
 	// One file without end does not hold it up for ever.
 	tr = resticTree(0)
 	path := tr.keep(contentname.Restic, contentname.Pack, "short")
-	tr[path] = make([]byte, 100<<20)
+	tr[path] = make([]byte, 20<<20)
 	d.current = nil
 	if v := d.push(tr, pushwire.KindFiles); v.Suspect {
 		t.Errorf("%q", v.Reasons)
 	}
 	// But what was there, and is another now, needs no reading.
 	tr = tr.clone()
-	tr[path] = make([]byte, 101<<20)
+	tr[path] = make([]byte, 21<<20)
 	if v := d.push(tr, pushwire.KindFiles); !v.Suspect || !strings.Contains(v.Reasons[0], "1 file, named by what is in them") {
 		t.Errorf("%q", v.Reasons)
 	}
