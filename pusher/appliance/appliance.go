@@ -110,7 +110,10 @@ func (a *Appliance) ended(client *sshverb.Client, err error) error {
 	if err == nil {
 		return nil
 	}
-	if hint.Code(err) == hint.ExitUnreachable {
+	// A peer that says itself that something is not possible now is there, and may
+	// have another verb of ours at work.
+	var told *sshverb.Error
+	if hint.Code(err) == hint.ExitUnreachable && !errors.As(err, &told) {
 		a.mu.Lock()
 		if a.client == client {
 			a.client = nil

@@ -139,6 +139,33 @@ func TestOffer(t *testing.T) {
 	}
 }
 
+// A refusal that passes leaves the connection, and what else is at work on it, alone.
+func TestRefusalBesideAnotherVerb(t *testing.T) {
+	begun, release := make(chan bool), make(chan bool)
+	a := start(t, func(_ context.Context, s *sshverb.Session) error {
+		if s.Verb == "offer" {
+			return &sshverb.Error{Code: hint.ExitUnreachable, Text: "the disk is dark"}
+		}
+		close(begun)
+		<-release
+		_, err := io.WriteString(s.Stdout, `{"state":"mounted","mounted":true}`+"\n")
+		return err
+	})
+	woken := make(chan error)
+	go func() { woken <- a.Wake(t.Context()) }()
+	<-begun
+	if _, err := a.Offer(t.Context(), "photos", pushwire.Offer{}, list("")); !target.Temporary(err) || !strings.Contains(err.Error(), "dark") {
+		t.Errorf("offered in the dark: %v", err)
+	}
+	close(release)
+	if err := <-woken; err != nil {
+		t.Errorf("the wake beside it: %v", err)
+	}
+	if err := a.Wake(t.Context()); err != nil { // or the channel would be closed twice
+		t.Errorf("known to be awake: %v", err)
+	}
+}
+
 func TestRefusalInTheMiddleOfAnUpload(t *testing.T) {
 	a := start(t, func(_ context.Context, s *sshverb.Session) error {
 		io.CopyN(io.Discard, s.Stdin, 100)

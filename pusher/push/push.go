@@ -443,7 +443,7 @@ func (p *Push) offer(ctx context.Context, t target.Target, repository string, of
 		}
 	}
 	answer, err := t.Offer(ctx, repository, offer, list)
-	if err == nil || !delta || target.Temporary(err) || ctx.Err() != nil {
+	if err == nil || !delta || target.Temporary(err) || hint.Code(err) == hint.ExitRefused || ctx.Err() != nil {
 		return answer, err
 	}
 	// If the manifest that we keep was to blame, the whole one is taken; if not, it
