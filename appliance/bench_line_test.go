@@ -17,7 +17,9 @@ import (
 	"time"
 
 	"farkeep/appliance/benchtest"
+	"farkeep/shared/linetest"
 	"farkeep/shared/settings"
+	"farkeep/shared/sshverb"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +41,7 @@ type undertaking struct {
 	steps  []step
 	lines  []benchtest.Line
 	rounds int
+	once   []benchtest.Line // of lines: one round
 	rivals []string
 	// keep says that mirrors live on through all rounds and lines: nothing changes.
 	keep bool
@@ -65,63 +68,68 @@ const (
 
 func ms(n int) time.Duration { return time.Duration(n) * time.Millisecond }
 
-// plan is what "make bench" does. Sizes and rounds are such that it takes about half
-// an hour: where the line is the limit, a few seconds of it tell as much as minutes.
+// plan is what "make bench" does. Sizes and rounds are such that it takes little more
+// than half an hour. Where the line is the limit, a few seconds of it tell as much as
+// minutes; and rivals that wait for the line, packet by packet or file by file, have
+// one turn with little data, or none.
 func plan() (all []undertaking) {
-	everyone := []string{"rsync", "rsync aes128-gcm", "rclone sftp", "restic copy", "Borg-in-Borg", "Farkeep"}
-	first := func(mib, rounds int, lines ...benchtest.Line) {
+	var (
+		patient  = []string{"rclone sftp", "restic copy", "Borg-in-Borg"}
+		everyone = []string{"rsync", "rsync aes128-gcm", "rclone sftp", "restic copy", "Borg-in-Borg", "Farkeep"}
+		quick    = []string{"rsync", "rsync aes128-gcm", "Farkeep"}
+	)
+	first := func(mib, rounds int, names, slow []string, lines ...benchtest.Line) {
 		all = append(all, undertaking{
-			name: firstPush, size: fmt.Sprintf("%d MiB", mib), rounds: rounds, rivals: everyone, lines: lines,
+			name: firstPush, size: fmt.Sprintf("%d MiB", mib), rounds: rounds, rivals: names, slow: slow, lines: lines,
 			data:  func(b testing.TB, dir string) []state { return []state{makeFirst(b, dir, mib)} },
 			steps: []step{{firstPush, 0}},
 		})
 	}
-	first(512, 5, benchtest.Line{})
-	first(128, 3, benchtest.Line{RoundTrip: ms(40)}, benchtest.Line{RoundTrip: ms(150)})
-	first(128, 2, benchtest.Line{RoundTrip: ms(150), Mbit: 100})
-	first(48, 2, benchtest.Line{Mbit: 100}, benchtest.Line{RoundTrip: ms(40), Mbit: 100})
-	first(16, 2, benchtest.Line{Mbit: 20}, benchtest.Line{RoundTrip: ms(40), Mbit: 20}, benchtest.Line{RoundTrip: ms(150), Mbit: 20})
+	first(512, 5, everyone, nil, benchtest.Line{})
+	first(128, 3, quick, nil, benchtest.Line{RoundTrip: ms(40)}, benchtest.Line{RoundTrip: ms(150)}, benchtest.Line{RoundTrip: ms(150), Mbit: 100})
+	first(32, 3, everyone, patient, benchtest.Line{Mbit: 100}, benchtest.Line{RoundTrip: ms(40), Mbit: 100})
+	first(8, 3, everyone, patient, benchtest.Line{Mbit: 20}, benchtest.Line{RoundTrip: ms(40), Mbit: 20}, benchtest.Line{RoundTrip: ms(150), Mbit: 20})
 
 	all = append(all, undertaking{
 		name: noChange, size: "100,000 files", rounds: 5, keep: true, seeded: 1,
-		rivals: []string{"rsync", "rsync aes128-gcm", "rsync --no-inc-recursive", "rclone sftp", "Farkeep"}, slow: []string{"rclone sftp"},
+		rivals: []string{"rsync", "rsync --no-inc-recursive", "rclone sftp", "Farkeep"}, slow: patient,
 		lines: []benchtest.Line{{}, {RoundTrip: ms(40)}, {RoundTrip: ms(40), Mbit: 20}, {RoundTrip: ms(150), Mbit: 100}},
+		once:  []benchtest.Line{{RoundTrip: ms(40), Mbit: 20}, {RoundTrip: ms(150), Mbit: 100}},
 		data: func(b testing.TB, dir string) []state {
 			makeMany(b, dir, 100_000)
 			return []state{plain(b, dir)}
 		},
 		steps: []step{{noChange, 0}},
 	})
-	all = append(all, undertaking{
-		name: smallFiles, size: "10 MB", rounds: 5,
-		rivals: []string{"rsync", "rsync aes128-gcm", "rclone sftp", "Farkeep"}, slow: []string{"rclone sftp"},
-		lines: []benchtest.Line{{}, {RoundTrip: ms(40)}, {RoundTrip: ms(150)}, {RoundTrip: ms(40), Mbit: 20}, {RoundTrip: ms(150), Mbit: 100}},
-		data: func(b testing.TB, dir string) []state {
-			makeSmall(b, dir)
-			return []state{plain(b, dir)}
-		},
-		steps: []step{{smallFiles, 0}},
-	})
-	days := func(rounds int, lines ...benchtest.Line) {
+	small := func(names []string, lines ...benchtest.Line) {
 		all = append(all, undertaking{
-			name: "days", rounds: rounds, lines: lines, seeded: 1,
-			rivals: []string{"rsync", "rsync --fuzzy", "rclone sftp", "restic copy", "Borg-in-Borg", "Farkeep"},
+			name: smallFiles, size: "10 MB", rounds: 5, rivals: names, slow: patient, lines: lines,
 			data: func(b testing.TB, dir string) []state {
-				return makeDays(b, dir, 12, &family{})
+				makeSmall(b, dir)
+				return []state{plain(b, dir)}
 			},
-			steps: []step{{normalDay, 1}, {compaction, 2}, {idleDay, 2}},
+			steps: []step{{smallFiles, 0}},
 		})
 	}
-	var limited, open []benchtest.Line
-	for _, rtt := range []int{0, 40, 150} {
-		open = append(open, benchtest.Line{RoundTrip: ms(rtt)})
-		for _, mbit := range []int64{100, 20} {
-			limited = append(limited, benchtest.Line{RoundTrip: ms(rtt), Mbit: mbit})
+	small([]string{"rsync", "rsync aes128-gcm", "rclone sftp", "Farkeep"}, benchtest.Line{}, benchtest.Line{RoundTrip: ms(40)})
+	small(quick, benchtest.Line{RoundTrip: ms(150)}, benchtest.Line{RoundTrip: ms(40), Mbit: 20}, benchtest.Line{RoundTrip: ms(150), Mbit: 100})
+
+	days := undertaking{
+		name: "days", size: "60 MB household", rounds: 3, seeded: 1,
+		rivals: []string{"rsync", "rsync --fuzzy", "rclone sftp", "restic copy", "Borg-in-Borg", "Farkeep"},
+		data:   func(b testing.TB, dir string) []state { return makeDays(b, dir, 12, &family{}) },
+		steps:  []step{{normalDay, 1}, {compaction, 2}, {idleDay, 2}},
+	}
+	for _, mbit := range []int64{0, 100, 20} {
+		for _, rtt := range []int{0, 40, 150} {
+			line := benchtest.Line{RoundTrip: ms(rtt), Mbit: mbit}
+			days.lines = append(days.lines, line)
+			if mbit > 0 || rtt > 40 {
+				days.once = append(days.once, line)
+			}
 		}
 	}
-	days(3, open...)
-	days(1, limited...)
-	return all
+	return append(all, days)
 }
 
 // BenchmarkLine writes its table and its plots into the folder that FARKEEP_BENCH
@@ -197,6 +205,9 @@ func TestLine(t *testing.T) {
 			t.Errorf("the table does not mention %q", want)
 		}
 	}
+	if text := promises(table); strings.Count(text, "\n") != 11 || !strings.Contains(text, "not in this run") || !strings.Contains(text, "| yes |") {
+		t.Errorf("what was asked for:\n%s", text)
+	}
 	for name := range rivals() {
 		if !strings.Contains(text.String(), "| "+name+" |") {
 			t.Errorf("%s had no turn", name)
@@ -242,7 +253,7 @@ func document(table *benchtest.Table, page string) error {
 	if err := table.Markdown(&text); err != nil {
 		return err
 	}
-	fmt.Fprintf(&text, "\n%s%s", docsEnd, after)
+	fmt.Fprintf(&text, "\n### What was asked for\n\n%s\n%s%s", promises(table), docsEnd, after)
 	return os.WriteFile(page, text.Bytes(), 0o644)
 }
 
@@ -257,25 +268,83 @@ type lineBench struct {
 	cables    map[benchtest.Line]*cable
 	table     *benchtest.Table
 	mirrors   int
+	begun     time.Time
 }
 
 func compareOverLines(b testing.TB, all []undertaking) *benchtest.Table {
 	b.Helper()
 	dir := benchDir(b)
-	l := &lineBench{TB: b, home: filepath.Join(dir, "home"), away: filepath.Join(dir, "away"), rivals: rivals(), cables: map[benchtest.Line]*cable{}}
-	l.table = &benchtest.Table{Own: "Farkeep", Machine: machine(b)}
+	l := &lineBench{TB: b, home: filepath.Join(dir, "home"), away: filepath.Join(dir, "away"), rivals: rivals(), cables: map[benchtest.Line]*cable{}, begun: time.Now()}
+	l.table = &benchtest.Table{Own: "Farkeep", Notes: machine(b)}
 	mountTmpfs(b, l.home, "8g")
 	mountExt4(b, l.away, 4<<10)
 	buildPrograms(b, dir, "pusher", "appliance")
 	l.appliance = startApplianceOn(b, dir, filepath.Join(dir, "farkeep-appliance"), func(disk string) { mountExt4(b, disk, 6<<10) }, settings.History{})
 	l.sshd = startSSHD(b, dir)
-	begun := time.Now()
 	for i, u := range all {
 		l.undertake(u, filepath.Join(l.home, fmt.Sprint("data-", i)))
-		// At once: a benchmark's log is shown at its end.
-		fmt.Fprintf(os.Stderr, "%5.0f s: %s, %s: done\n", time.Since(begun).Seconds(), u.name, u.lines)
 	}
+	up, down := l.login()
+	l.table.Notes = append(l.table.Notes, fmt.Sprintf("A login to the appliance, and nothing else, takes %d bytes up and %d down of what Farkeep sends below.", up, down))
 	return l.table
+}
+
+// login is how many bytes it takes to be let in.
+func (l *lineBench) login() (up, down int64) {
+	l.Helper()
+	p := linetest.Start(l, l.appliance.address(), linetest.Line{})
+	c, err := sshverb.Dial(l.Context(), sshverb.Peer{Address: p.Addr(), User: "farkeep", Identity: l.appliance.identity(l), HostKey: l.appliance.pinned(l)})
+	must(l, err)
+	must(l, c.Close())
+	await(l, "the login is over", func() bool {
+		u, d := p.Sent()
+		done := u > 0 && u == up && d == down // nothing came since the look before
+		up, down = u, d
+		return done
+	})
+	return up, down
+}
+
+// promises is what the table says about each figure that Farkeep is to reach.
+func promises(t *benchtest.Table) string {
+	wall := func(c benchtest.Cost) float64 { return c.Wall.Seconds() }
+	processor := func(c benchtest.Cost) float64 { return c.CPU().Seconds() }
+	sent := func(c benchtest.Cost) float64 { return float64(c.Up + c.Down) }
+	near, far, long := benchtest.Line{}, benchtest.Line{RoundTrip: ms(40)}, benchtest.Line{RoundTrip: ms(150), Mbit: 100}
+	var text strings.Builder
+	text.WriteString("| figure | asked | measured | reached |\n|---|---|---|---|\n")
+	row := func(figure, asked, format string, v benchtest.Spread, reached bool) {
+		if v == (benchtest.Spread{}) {
+			fmt.Fprintf(&text, "| %s | %s | not in this run | |\n", figure, asked)
+			return
+		}
+		answer := map[bool]string{true: "yes", false: "**no**"}[reached]
+		fmt.Fprintf(&text, "| %s | %s | "+format+" ("+format+" to "+format+") | %s |\n", figure, asked, v.Median, v.Least, v.Most, answer)
+	}
+	atMost := func(figure string, limit float64, v benchtest.Spread) {
+		row(figure, fmt.Sprintf("at most %.2f", limit), "%.3f", v, v.Median <= limit)
+	}
+	// The least favourable of the ratios to several rivals: that to the best of them.
+	best := func(name string, line benchtest.Line, of func(benchtest.Cost) float64, rivals ...string) (v benchtest.Spread) {
+		for _, r := range rivals {
+			if ratio := t.Ratio(name, line, r, of); ratio.Median > v.Median {
+				v = ratio
+			}
+		}
+		return v
+	}
+	atMost("First push, no delay: time, of rsync's best cipher (1.25 times its speed)", 0.80, t.Ratio(firstPush, near, "rsync aes128-gcm", wall))
+	atMost("First push, no delay: CPU on both sides, of the same", 1, t.Ratio(firstPush, near, "rsync aes128-gcm", processor))
+	atMost("100,000 files unchanged, no delay: of rsync's best time", 0.50, best(noChange, near, wall, "rsync", "rsync --no-inc-recursive"))
+	atMost("100,000 files unchanged, 40 ms: of plain rsync's time", 0.10, t.Ratio(noChange, far, "rsync", wall))
+	total := t.Of(noChange, near, "Farkeep", sent)
+	row("100,000 files unchanged: bytes, both ways, login included", "under 2,000", "%.0f", total, total.Median < 2000)
+	atMost("500 files of 20 KB, 40 ms: of rsync's best time", 0.40, best(smallFiles, far, wall, "rsync", "rsync aes128-gcm"))
+	full := t.Of(firstPush, long, "Farkeep", func(c benchtest.Cost) float64 { return float64(c.Up) / c.Wall.Seconds() / (100e6 / 8) })
+	row("First push, 150 ms and 100 Mbit/s: of the line, from the program's start to its end", "over 0.85", "%.3f", full, full.Median > 0.85)
+	atMost("A normal day: bytes, of rsync", 0.32, t.Ratio(normalDay, near, "rsync", sent))
+	atMost("A compaction day: bytes, of rsync", 0.32, t.Ratio(compaction, near, "rsync", sent))
+	return text.String()
 }
 
 func (l *lineBench) cable(line benchtest.Line) *cable {
@@ -310,7 +379,11 @@ func (l *lineBench) undertake(u undertaking, dir string) {
 		all = append(all, c)
 	}
 	for _, line := range u.lines {
-		for round := range u.rounds {
+		rounds := u.rounds
+		if slices.Contains(u.once, line) {
+			rounds = 1
+		}
+		for round := range rounds {
 			for i := range all {
 				// Another one begins each round: none is always the one after the break.
 				c := all[(round+i)%len(all)]
@@ -337,7 +410,13 @@ func (l *lineBench) turn(u undertaking, c *contest, line benchtest.Line, round i
 	if m == nil {
 		m = c.open(l, l.places())
 		for i := range u.seeded {
-			c.in(l, i, func(s state) { m.push(l, l.cable(benchtest.Line{}), s) })
+			c.in(l, i, func(s state) {
+				if copied, ok := m.(seeder); ok {
+					copied.seed(l, s)
+				} else {
+					m.push(l, l.cable(benchtest.Line{}), s)
+				}
+			})
 		}
 		if u.keep {
 			c.mirror = m
@@ -346,7 +425,10 @@ func (l *lineBench) turn(u undertaking, c *contest, line benchtest.Line, round i
 	for _, step := range u.steps {
 		settle(l, l.away, l.appliance.paths.Disk())
 		c.in(l, step.state, func(s state) {
-			l.table.Add(benchtest.Run{Case: step.name, Line: line, Rival: c.name, Data: cmp.Or(u.size, "60 MB household"), Round: round, Cost: m.push(l, l.cable(line), s)})
+			took := m.push(l, l.cable(line), s)
+			l.table.Add(benchtest.Run{Case: step.name, Line: line, Rival: c.name, Data: u.size, Round: round, Cost: took})
+			// At once: a benchmark's log is shown at its end.
+			fmt.Fprintf(os.Stderr, "%5.0f s: %s, %s, round %d: %s %.2f s\n", time.Since(l.begun).Seconds(), step.name, line, round+1, c.name, took.Wall.Seconds())
 		})
 		if !u.keep {
 			m.same(l, c.states[step.state])

@@ -49,6 +49,12 @@ type mirror interface {
 	remove(b testing.TB)
 }
 
+// A seeder's copy is made with cp as well as with a first push: it remembers nothing
+// at home.
+type seeder interface {
+	seed(b testing.TB, s state)
+}
+
 // A rival makes mirrors: each one of its own, empty.
 type rival struct {
 	name string
@@ -104,6 +110,15 @@ func (m *rsyncMirror) push(b testing.TB, w *cable, s state) benchtest.Cost {
 func (m *rsyncMirror) same(b testing.TB, s state) { sameFiles(b, s.want, m.at.target) }
 func (m *rsyncMirror) remove(b testing.TB)        { m.at.clear(b) }
 
+func (m *rsyncMirror) seed(b testing.TB, s state) { m.at.seed(b, s) }
+
+func (at places) seed(b testing.TB, s state) {
+	b.Helper()
+	if out, err := exec.Command("cp", "-a", s.folder, at.target).CombinedOutput(); err != nil {
+		b.Fatalf("cp: %v\n%s", err, out)
+	}
+}
+
 func (at places) clear(b testing.TB) {
 	must(b, os.RemoveAll(at.target))
 	must(b, os.RemoveAll(at.memory))
@@ -122,6 +137,7 @@ func (m *rcloneMirror) push(b testing.TB, w *cable, s state) benchtest.Cost {
 		return c
 	})
 }
+func (m *rcloneMirror) seed(b testing.TB, s state) { m.at.seed(b, s) }
 func (m *rcloneMirror) same(b testing.TB, s state) { sameFiles(b, s.want, m.at.target) }
 func (m *rcloneMirror) remove(b testing.TB)        { m.at.clear(b) }
 

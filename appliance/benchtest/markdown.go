@@ -14,7 +14,7 @@ import (
 // A time stands with its least and its most; in bold, what Own's time is of it.
 func (t *Table) Markdown(w io.Writer) error {
 	var b strings.Builder
-	for _, line := range t.Machine {
+	for _, line := range t.Notes {
 		fmt.Fprintf(&b, "- %s\n", line)
 	}
 	for _, s := range t.sections() {

@@ -58,9 +58,9 @@ type Run struct {
 type Table struct {
 	// Own is the rival that the others are compared with.
 	Own string
-	// Machine says what it was made on, a line each.
-	Machine []string
-	runs    []Run
+	// Notes say what it was made on, and what else is to be known, a line each.
+	Notes []string
+	runs  []Run
 }
 
 // Add records a turn. Nobody else may use the table meanwhile.
@@ -169,6 +169,30 @@ func compare(a, b bool) int {
 // place is where a rival was added first.
 func (t *Table) place(rival string) int {
 	return slices.IndexFunc(t.runs, func(r Run) bool { return r.Rival == rival })
+}
+
+// Of is a quantity of a rival in a case and over a line; the zero Spread when that
+// was not measured.
+func (t *Table) Of(name string, line Line, rival string, of func(Cost) float64) Spread {
+	return t.row(name, line, rival).spread(of)
+}
+
+// Ratio is Own's quantity by the rival's, taken within each round.
+func (t *Table) Ratio(name string, line Line, rival string, of func(Cost) float64) Spread {
+	return t.row(name, line, rival).ratio(of)
+}
+
+func (t *Table) row(name string, line Line, rival string) row {
+	for _, s := range t.sections() {
+		for _, g := range s.groups {
+			for _, r := range g.rows {
+				if s.name == name && g.line == line && r.rival == rival {
+					return r
+				}
+			}
+		}
+	}
+	return row{}
 }
 
 // What is measured: how it is called, in which unit, and how it is read.

@@ -14,7 +14,7 @@ import (
 
 // sample has two lines, of which one lacks a rival, and rounds in changing turns.
 func sample() *Table {
-	t := &Table{Own: "Farkeep", Machine: []string{"two cores"}}
+	t := &Table{Own: "Farkeep", Notes: []string{"two cores"}}
 	fast, slow := Line{}, Line{40 * time.Millisecond, 20}
 	add := func(line Line, rival string, round int, wall, cpu time.Duration, up int64) {
 		t.Add(Run{Case: "First push", Line: line, Rival: rival, Data: "1 MB", Round: round, Cost: Cost{
@@ -41,6 +41,22 @@ func TestSpread(t *testing.T) {
 	} {
 		if got := SpreadOf(tt.values); got != tt.want {
 			t.Errorf("%v: %v, want %v", tt.values, got, tt.want)
+		}
+	}
+}
+
+func TestOf(t *testing.T) {
+	wall := func(c Cost) float64 { return c.Wall.Seconds() }
+	table := sample()
+	if got, want := table.Of("First push", Line{}, "rsync", wall), (Spread{3, 2, 4}); got != want {
+		t.Errorf("seconds: %v, want %v", got, want)
+	}
+	if got, want := table.Ratio("First push", Line{}, "rsync", wall), (Spread{0.625, 0.5, 0.75}); got != want {
+		t.Errorf("ratio: %v, want %v", got, want)
+	}
+	for _, missing := range []Spread{table.Of("Second push", Line{}, "rsync", wall), table.Ratio("First push", Line{Mbit: 20}, "rsync", wall)} {
+		if missing != (Spread{}) {
+			t.Errorf("not measured, and %v", missing)
 		}
 	}
 }
