@@ -188,7 +188,8 @@ func (t *trees) judge(l limits, f *findings) {
 
 // nameKey is a path's hash; by the secret nobody finds two paths with the same.
 func nameKey(secret uint64, path string) uint64 {
-	b := binary.LittleEndian.AppendUint64(make([]byte, 0, 8+len(path)), secret)
+	var buf [256]byte // a path is rarely longer: no garbage for each of a million
+	b := binary.LittleEndian.AppendUint64(buf[:0], secret)
 	sum := blake2b.Sum256(append(b, path...))
 	return binary.LittleEndian.Uint64(sum[:])
 }
@@ -212,7 +213,7 @@ func newWitness(a *anchor) *witness {
 	if a == nil {
 		return w
 	}
-	w.where, w.bytes = make([]bool, len(a.items)), make([]bool, len(a.items))
+	w.where, w.bytes, w.names = make([]bool, len(a.items)), make([]bool, len(a.items)), make([]place, 0, len(a.items))
 	for i, item := range a.items {
 		w.names = append(w.names, place{item.other, int32(i)})
 	}
@@ -227,7 +228,9 @@ func (w *witness) see(e *manifest.Entry) {
 	}
 	sum := sumKey(e)
 	i, _ := slices.BinarySearchFunc(w.a.items, sum, func(i item, sum uint64) int { return cmp.Compare(i.key, sum) })
-	for ; i < len(w.a.items) && w.a.items[i].key == sum; i++ {
+	// All that have these bytes are noted with the first: there may be as many as the
+	// sample has, for every file of the candidate.
+	for ; i < len(w.a.items) && w.a.items[i].key == sum && !w.bytes[i]; i++ {
 		w.bytes[i] = true
 	}
 	name := nameKey(w.a.secret, e.Path)
