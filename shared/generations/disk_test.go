@@ -21,7 +21,7 @@ func TestUploadIsEasyOnTheDisk(t *testing.T) {
 		least   int64   // bytes of a write, on average
 		written float64 // of what is sent
 	}{
-		{"long files", 3, 64 << 20, 3, 256 << 10, 1.05},
+		{"long files", 5, 64 << 20, 2, 256 << 10, 1.05},
 		{"small files", 2100, 8 << 10, 5, 16 << 10, 1.6},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -29,7 +29,7 @@ func TestUploadIsEasyOnTheDisk(t *testing.T) {
 			for i := range c.files {
 				day.add(fmt.Sprintf("%05d", i), noise(uint64(i), c.size))
 			}
-			dir, written := ext4(t, 512)
+			dir, written := ext4(t, 1024)
 			// By this clock no time passes, and no batch ends early.
 			noon := time.Now()
 			s := open(t, dir, generations.Options{Now: func() time.Time { return noon }})

@@ -25,7 +25,8 @@ import (
 // disk is the store's own, so nothing else is synced along.
 const (
 	batchFiles = 512
-	batchBytes = 64 << 20
+	batchBytes = 256 << 20
+	batchDirty = 64 << 20 // of them, what waits in memory: short files, and the ends of long ones
 	batchTime  = 5 * time.Second
 )
 
@@ -126,6 +127,7 @@ type workshop struct {
 	batch struct {
 		files []batched
 		bytes int64
+		dirty int64 // of bytes: their write-out has not begun
 		since time.Time
 	}
 }
@@ -350,9 +352,10 @@ func (w *workshop) finish(index int64) error {
 	}
 	w.batch.files = append(w.batch.files, batched{w.sum.String(), index, w.size, w.twin})
 	w.batch.bytes += w.size
+	w.batch.dirty += w.size - w.pushed
 	w.got.Files++
 	w.got.Bytes += w.size
-	if len(w.batch.files) >= batchFiles || w.batch.bytes >= batchBytes || w.t.store.opt.Now().Sub(w.batch.since) >= batchTime {
+	if len(w.batch.files) >= batchFiles || w.batch.bytes >= batchBytes || w.batch.dirty >= batchDirty || w.t.store.opt.Now().Sub(w.batch.since) >= batchTime {
 		return w.flush()
 	}
 	return nil
@@ -380,7 +383,7 @@ func (w *workshop) cut(cause error) error {
 // which they count.
 func (w *workshop) flush() error {
 	batch := w.batch.files
-	w.batch.files, w.batch.bytes = nil, 0
+	w.batch.files, w.batch.bytes, w.batch.dirty = nil, 0, 0
 	if len(batch) == 0 {
 		return nil
 	}
