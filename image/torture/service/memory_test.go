@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,6 +23,8 @@ import (
 	"farkeep/shared/recipe"
 	"farkeep/shared/settings"
 	"farkeep/shared/sshverb"
+
+	"golang.org/x/sys/unix"
 )
 
 // allowed is what all processes of an appliance together may have in memory, in
@@ -56,6 +59,7 @@ func TestMemory(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	var log bytes.Buffer
+	freed := confine(t, 4)
 	svc, err := service.Start(t.Context(), service.Options{Dir: dir, Bin: dir, DiskSize: 8 << 30, Inodes: 1_100_000, InMemory: true, Log: &log, Settings: func(a *settings.Appliance) {
 		// What is not the newest goes as soon as the next one is there.
 		a.History = settings.DefaultHistory()
@@ -64,6 +68,7 @@ func TestMemory(t *testing.T) {
 		h.FloorGenerations, h.FloorAge, h.ExpirePerDay = 1, 0, 1000
 		h.CommitInterval, h.ScrubEvery = 0, settings.Duration(time.Minute)
 	}})
+	freed()
 	must(t, err)
 	defer func() {
 		must(t, svc.Close())
@@ -133,6 +138,25 @@ func TestMemory(t *testing.T) {
 		if w.samples == 0 || w.sum > allowed {
 			t.Errorf("%s: %d samples, at most %.1f MB; %.1f are allowed", w.phase, w.samples, float64(w.sum)/1e6, float64(allowed)/1e6)
 		}
+	}
+}
+
+// confine gives what this goroutine starts n processors, as a Pi has, until the
+// returned function is called: a Go process keeps memory for each that it may use.
+func confine(t *testing.T, n int) (freed func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	var all, few unix.CPUSet
+	must(t, unix.SchedGetaffinity(0, &all))
+	for cpu := 0; few.Count() < min(n, all.Count()); cpu++ {
+		if all.IsSet(cpu) {
+			few.Set(cpu)
+		}
+	}
+	must(t, unix.SchedSetaffinity(0, &few))
+	return func() {
+		must(t, unix.SchedSetaffinity(0, &all))
+		runtime.UnlockOSThread()
 	}
 }
 
