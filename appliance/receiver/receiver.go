@@ -92,6 +92,8 @@ func Run(ctx context.Context, env *part.Env) error {
 	// SSH makes garbage of every packet and little is alive: at Go's own 100 % a
 	// collection comes with every 4 MiB of upload.
 	defer debug.SetGCPercent(debug.SetGCPercent(200))
+	// But not at any price: where bursts come quicker than it is cleared up, more often.
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(memoryLimit))
 	brief, err := part.Brief[Brief](env)
 	if err != nil {
 		return err
@@ -135,6 +137,10 @@ func Run(ctx context.Context, env *part.Env) error {
 	group.Wait()
 	return errors.Join(loopErr, <-failed, <-failed)
 }
+
+// memoryLimit is what the Go runtime tries to stay below, in bytes. Sessions that
+// need more get it, and pay for it with time.
+const memoryLimit = 16 << 20
 
 // muchMoved is how many bytes make so much garbage that it is given back at once.
 const muchMoved = 1 << 20
