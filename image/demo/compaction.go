@@ -138,7 +138,7 @@ func (d *show) resumed(c *compaction, out string) error {
 		return err
 	}
 	line := int64(now - c.started)
-	d.say("%s: %d of %d segments had to be sent, %d kB; %d kB were copied", p.Generation, p.Files, c.segments, p.Sent/1000, p.Copied/1000)
+	d.say("%s: %d files were still to come, of %d segments and the index; %d kB were sent, %d kB copied", p.Generation, p.Files, c.segments, p.Sent/1000, p.Copied/1000)
 	d.say("through the VPN went %d kB in all, with every attempt and every handshake; the new segments have %d kB", line/1000, c.length/1000)
 	if line > c.length/2 {
 		return errors.New("that is more than half of them")
