@@ -15,7 +15,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"farkeep/pusher/borgtest"
 )
 
 // endVariable names a file to which the program of the tests writes, at its end,
@@ -145,7 +144,7 @@ func TestMemory(t *testing.T) {
 	if err := writeSite(dir, fmt.Sprintf("[[repository]]\nname = \"home\"\npath = %q\n[[directory_target]]\nname = \"disk\"\npath = %q\n", filepath.Join(dir, "home"), disk)); err != nil {
 		t.Fatal(err)
 	}
-	r := borgtest.NewLarge(t, filepath.Join(dir, "home"), segments, chunks/segments)
+	r := newLarge(t, filepath.Join(dir, "home"), segments, chunks/segments)
 	push := func(what string) (out string) {
 		t.Helper()
 		began := time.Now()
@@ -165,11 +164,11 @@ func TestMemory(t *testing.T) {
 		n, _ = strconv.Atoi(m[1])
 		return n
 	}
-	moved := chunks / 2 * 9 / 10 * borgtest.ChunkData
+	moved := chunks / 2 * 9 / 10 * chunkData
 
 	push("first push")
 	push("unchanged")
-	r.Compact(t, 3)
+	r.compact(t, 3)
 	if n := copied(push("half of it moved")); n < moved {
 		t.Errorf("%d bytes were copied; %d were moved", n, moved)
 	}
@@ -179,14 +178,14 @@ func TestMemory(t *testing.T) {
 	if n := copied(push("notes lost, unchanged")); n != 0 {
 		t.Errorf("%d bytes were copied of nothing", n)
 	}
-	r.Compact(t, 3)
+	r.compact(t, 3)
 	if n := copied(push("half of it moved, with the notes made anew")); n < moved/2 {
 		t.Errorf("%d bytes were copied; %d were moved", n, moved)
 	}
 	if err := os.RemoveAll(filepath.Join(state, "base")); err != nil {
 		t.Fatal(err)
 	}
-	r.Compact(t, 3)
+	r.compact(t, 3)
 	said := push("half of it moved, with the notes lost")
 	if n := copied(said); n != 0 || !strings.Contains(said, "was not noted") {
 		t.Errorf("%d bytes were copied with no notes:\n%s", n, said)

@@ -1,4 +1,4 @@
-package borgtest
+package main
 
 import (
 	"bufio"
@@ -14,12 +14,12 @@ import (
 	"farkeep/shared/borgsegment"
 )
 
-// Large is a repository of very many chunks that no borg made: its segments, their
+// large is a repository of very many chunks that no borg made: its segments, their
 // entries and the names of its files are as borg makes them, but a chunk has only
-// ChunkData bytes, and index and hints are noise of the right length. Farkeep cannot
+// chunkData bytes, and index and hints are noise of the right length. Farkeep cannot
 // tell; what it needs of memory and time depends on how many there are, not on
 // how long they are.
-type Large struct {
+type large struct {
 	Path string
 	// Each is how many chunks a segment has.
 	Each int
@@ -29,13 +29,13 @@ type Large struct {
 	index    []byte
 }
 
-// ChunkData is the length of a chunk of a [Large], in bytes.
-const ChunkData = 40
+// chunkData is the length of a chunk of a [large], in bytes.
+const chunkData = 40
 
-// NewLarge makes one with so many segments in a new folder path.
-func NewLarge(t testing.TB, path string, segments, each int) *Large {
+// newLarge makes one with so many segments in a new folder path.
+func newLarge(t testing.TB, path string, segments, each int) *large {
 	t.Helper()
-	l := &Large{Path: path, Each: each}
+	l := &large{Path: path, Each: each}
 	for name, content := range map[string]string{
 		"README": "This is a Borg Backup repository.\n",
 		"config": "[repository]\nversion = 1\nsegments_per_dir = 1000\nmax_segment_size = 524288000\nid = " + fmt.Sprintf("%064x", 1) + "\n",
@@ -53,7 +53,7 @@ func NewLarge(t testing.TB, path string, segments, each int) *Large {
 }
 
 // grow adds segments of new chunks.
-func (l *Large) grow(t testing.TB, segments int) {
+func (l *large) grow(t testing.TB, segments int) {
 	for range segments {
 		chunks := make([]uint64, l.Each)
 		for i := range chunks {
@@ -66,7 +66,7 @@ func (l *Large) grow(t testing.TB, segments int) {
 
 // Compact is a day on which borg drops one chunk of ten from every second segment,
 // moves the others of them into new segments, and adds some segments of new chunks.
-func (l *Large) Compact(t testing.TB, segments int) {
+func (l *large) compact(t testing.TB, segments int) {
 	t.Helper()
 	var moved []uint64
 	for n := 0; n < len(l.segments); n += 2 {
@@ -92,12 +92,12 @@ func (l *Large) Compact(t testing.TB, segments int) {
 	l.commit(t)
 }
 
-func (l *Large) file(n int) string {
+func (l *large) file(n int) string {
 	return filepath.Join(l.Path, "data", fmt.Sprint(n/1000), fmt.Sprint(n))
 }
 
 // add writes a segment.
-func (l *Large) add(t testing.TB, chunks []uint64) {
+func (l *large) add(t testing.TB, chunks []uint64) {
 	t.Helper()
 	path := l.file(len(l.segments))
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -105,7 +105,7 @@ func (l *Large) add(t testing.TB, chunks []uint64) {
 	}
 	b := []byte(borgsegment.Magic)
 	for _, c := range chunks {
-		var e [borgsegment.KeyedSize + ChunkData]byte
+		var e [borgsegment.KeyedSize + chunkData]byte
 		binary.LittleEndian.PutUint32(e[4:], uint32(len(e)))
 		r := rand.NewPCG(c, 0)
 		for i := borgsegment.HeaderSize; i+8 <= len(e); i += 8 {
@@ -119,7 +119,7 @@ func (l *Large) add(t testing.TB, chunks []uint64) {
 }
 
 // write writes a file that is old enough to be cached by a listing.
-func (l *Large) write(t testing.TB, path string, content []byte) {
+func (l *large) write(t testing.TB, path string, content []byte) {
 	t.Helper()
 	if err := os.WriteFile(path, content, 0o600); err != nil {
 		t.Fatal(err)
@@ -131,7 +131,7 @@ func (l *Large) write(t testing.TB, path string, content []byte) {
 }
 
 // commit ends a transaction: a segment with a commit, and the files of its number.
-func (l *Large) commit(t testing.TB) {
+func (l *large) commit(t testing.TB) {
 	t.Helper()
 	for _, name := range []string{"index", "hints", "integrity"} {
 		old, err := filepath.Glob(filepath.Join(l.Path, name+".*"))
