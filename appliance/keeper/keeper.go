@@ -267,6 +267,14 @@ func (k *Keeper) clockSet() bool {
 var (
 	errClosing = errors.New("the disk is closing")
 	errDark    = errors.New("the disk is dark")
+	errOpening = errors.New("the disk is mounted, and its generations are still being opened")
+)
+
+// readyWait bounds for how long a verb waits for a mounted disk's generations to
+// be opened: what an interrupted push left is put in order then, on a cold disk.
+const (
+	readyWait = time.Minute
+	readyPoll = 50 * time.Millisecond
 )
 
 // refuseDark tells a peer that the disk is not there, as something that passes.
@@ -275,8 +283,26 @@ func refuseDark(err error) error {
 }
 
 // enter registers a verb that uses the disk. leave must be called; ctx ends when
-// the disk is wanted back.
+// the disk is wanted back. The disk part says that the disk is mounted before
+// the keeper has opened what lies there: whoever comes between the two waits.
 func (k *Keeper) enter(ctx context.Context) (_ context.Context, store *generations.Store, leave func(), err error) {
+	for deadline := time.Now().Add(readyWait); ; {
+		within, store, leave, err := k.enterNow(ctx)
+		if !errors.Is(err, errDark) || !k.mounted() {
+			return within, store, leave, err
+		}
+		if !time.Now().Before(deadline) {
+			return nil, nil, nil, hint.Exit(hint.ExitUnreachable, hint.Because(errOpening, "try again in a minute; the appliance's log says what it waits for: ssh APPLIANCE logs"))
+		}
+		select {
+		case <-ctx.Done():
+			return nil, nil, nil, context.Cause(ctx)
+		case <-time.After(readyPoll):
+		}
+	}
+}
+
+func (k *Keeper) enterNow(ctx context.Context) (_ context.Context, store *generations.Store, leave func(), err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	r := &running{cancel}
 	k.mu.Lock()

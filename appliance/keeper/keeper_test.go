@@ -510,6 +510,35 @@ func TestKeeperComesBack(t *testing.T) {
 	}
 }
 
+// Between the disk part's word that the disk is mounted and the keeper's having
+// opened it lies a moment, longer on a slow machine: a verb that comes then waits.
+// One that comes while the disk is dark is told so at once.
+func TestVerbWaitsForTheDisk(t *testing.T) {
+	b := start(t)
+	generations := func() error {
+		c := b.open(keepercall.Generations, b.args)
+		_, err := line(c, nil)
+		return err
+	}
+	if err := generations(); err == nil || !strings.Contains(err.Error(), "the disk is dark") {
+		t.Fatalf("in the dark: %v", err)
+	}
+	if err := status.Write(b.paths.Status(part.Disk), status.Disk{State: status.DiskMounted, Mounted: true}); err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan error, 1)
+	go func() { asked <- generations() }()
+	select {
+	case err := <-asked:
+		t.Fatalf("before the keeper has the disk: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	b.mount()
+	if err := <-asked; err != nil {
+		t.Fatal(err)
+	}
+}
+
 // The disk is wanted back in the middle of an upload.
 func TestReleaseEndsWhatIsAtWork(t *testing.T) {
 	b := start(t)
