@@ -121,6 +121,10 @@ const (
 	UnplacedPatience = 15 * time.Minute
 	// NetworkMemory is how long a network is known after the appliance was there.
 	NetworkMemory = 400 * 24 * time.Hour
+	// RepeatTime is for how long a machine may repeat a request for a key that a person
+	// approved: its answer may be lost on the line, and an appliance that was refused asks
+	// with its disk dark, and again to open it.
+	RepeatTime = 15 * time.Minute
 	// waitingMemory is how long a request is listed after it was last made.
 	waitingMemory = 7 * 24 * time.Hour
 	// warnAgain is when the same is said again.
@@ -348,7 +352,7 @@ func (j *judgement) excused(d *Decision, w whereabouts, asks []string) bool {
 	switch {
 	case j.approved(w, asks):
 		id := n.Approval.Of.ID
-		n.Approval = nil
+		n.Approval = j.repeatable(w, asks)
 		n.drop(func(w Waiting) bool { return w.ID == id })
 		d.Reason, d.Asks = ReasonApproved, asks
 		j.accept(d, w, asks, "approved")
@@ -368,6 +372,9 @@ func (j *judgement) approved(w whereabouts, asks []string) bool {
 	if a == nil || !j.lasts(a.Given, a.Earliest, ApprovalTime) {
 		return false
 	}
+	if !a.Used.IsZero() {
+		return j.repeats(*a, w, asks)
+	}
 	for _, ask := range asks {
 		alike := slices.Contains(a.Of.Asks, ask)
 		switch ask {
@@ -386,6 +393,30 @@ func (j *judgement) approved(w whereabouts, asks []string) bool {
 	}
 	return true
 }
+
+// repeatable is what is left of an approval that lets this request through: where
+// each key is asked about whatever else is settled, the same machine may have this one
+// once more.
+func (j *judgement) repeatable(w whereabouts, asks []string) *Approval {
+	a, r := *j.next.Approval, j.f.Request
+	if r.Verb != keywire.Key || !a.Used.IsZero() || r.Claims.Boot == "" || !slices.ContainsFunc(asks, eachTime) {
+		return nil
+	}
+	a.Used, a.Of.Boot, a.Of.Network = j.f.Now, r.Claims.Boot, w.network
+	return &a
+}
+
+// repeats reports whether this is the request again that was approved and answered.
+// That a token of the appliance's is shown, and all else is in order, is among asks.
+func (j *judgement) repeats(a Approval, w whereabouts, asks []string) bool {
+	r, now := j.f.Request, j.f.Now
+	return r.Verb == keywire.Key && r.Claims.Boot == a.Of.Boot && w.network.Name == a.Of.Network.Name &&
+		a.Used.Boot == now.Boot && now.Before(a.Used, RepeatTime) &&
+		!slices.ContainsFunc(asks, func(ask string) bool { return !eachTime(ask) })
+}
+
+// eachTime reports whether ask comes up at each key, although the last was approved.
+func eachTime(ask string) bool { return ask == AskAlways || ask == AskWindow }
 
 // announced reports whether a person said beforehand that the appliance would move,
 // with a new card or on a new board too.
@@ -427,6 +458,9 @@ func (j *judgement) accept(d *Decision, w whereabouts, asks []string, how string
 	}
 	if slices.Contains(asks, AskAbsence) || j.p.Approval == site.ApprovalNever || how == "expected" {
 		n.Absent = false
+	}
+	if r.Verb == keywire.Renew && n.Approval != nil && !n.Approval.Used.IsZero() {
+		n.Approval = nil // the key has arrived: the disk is open
 	}
 	if r.Verb != keywire.Key {
 		return

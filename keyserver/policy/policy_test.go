@@ -177,6 +177,7 @@ func fresh(w *world) {
 }
 func expected(w *world)   { w.expect(24 * time.Hour) }
 func later(w *world)      { w.pass(time.Hour); w.again(w.f.Request.Verb); w.shift(time.Hour) }
+func soon(w *world)       { w.pass(time.Minute); w.again(w.f.Request.Verb); w.shift(time.Minute) }
 func otherBoard(w *world) { w.f.Request.Claims.Serial = "10000000beef" }
 func flapping(w *world)   { w.f.Place.Flaps = true }
 
@@ -398,6 +399,22 @@ var decisions = []struct {
 	{"approval = always, a lease", doing(always, lease), policy.Grant, policy.ReasonExpected},
 	{"approval = always, approved", doing(always, held, approved), policy.Grant, policy.ReasonApproved},
 	{"approval = always, the key after the approved one", doing(always, held, approved, granted, later), policy.Hold, policy.AskAlways},
+	{"approval = always, the approved key once more: its answer was lost", doing(always, held, approved, granted, soon), policy.Grant, policy.ReasonApproved},
+	{"approval = always, the approved key a third time", doing(always, held, approved, granted, soon, granted, soon), policy.Hold, policy.AskAlways},
+	{"approval = always, the approved key once more after a quarter of an hour", doing(always, held, approved, granted, soon, later), policy.Hold, policy.AskAlways},
+	{"approval = always, the approved key once more after a lease", doing(always, held, approved, granted, lease, granted, func(w *world) { w.again(keywire.Key) }), policy.Hold, policy.AskAlways},
+	{"approval = always, the approved key once more by another boot", doing(always, held, approved, granted, soon, newBoot), policy.Hold, policy.AskAlways},
+	{"approval = always, the approved key once more with an old token", doing(always, held, approved, granted, soon, oldToken), policy.Hold, policy.AskToken},
+	{"approval = always, the approved key once more from elsewhere", doing(always, held, approved, granted, soon, elsewhere), policy.Hold, policy.AskPlace},
+	{"approval = always, the approved key once more, and revoked meanwhile", doing(always, held, approved, granted, soon, revoked, allowed), policy.Hold, policy.AskAlways},
+	{"approval = always, the approved key once more, after the key server restarted", doing(always, held, approved, granted, soon, func(w *world) {
+		w.now.Boot = bootB
+		w.f.Now, w.f.Place.Boot = w.now, bootB
+	}), policy.Hold, policy.AskAlways},
+	{"approval = always, another place, one approval for the dark disk and its opening", doing(always, elsewhere, held, approved, granted, soon), policy.Grant, policy.ReasonApproved},
+	{"outside the windows, the approved key once more", doing(outWindow, held, approved, granted, soon), policy.Grant, policy.ReasonApproved},
+	{"another place, approved: what is in order afterwards needs no approval", doing(elsewhere, held, approved, granted, soon), policy.Grant, policy.ReasonExpected},
+	{"approval = always, the approved key once more by a machine that says no boot", doing(always, func(w *world) { w.f.Request.Claims = keywire.Claims{} }, held, approved, granted, soon, func(w *world) { w.f.Request.Claims = keywire.Claims{} }), policy.Hold, policy.AskAlways},
 	{"approval = always, a move is expected", doing(always, expected), policy.Hold, policy.AskAlways},
 	{"an approval policy that no site.toml could say", doing(func(w *world) { w.a.KeyPolicy.Approval = "" }), policy.Hold, policy.AskAlways},
 	{"another place, approved", doing(elsewhere, held, approved), policy.Grant, policy.ReasonApproved},

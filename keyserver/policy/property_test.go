@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -58,10 +59,17 @@ type play struct {
 	lastFine         time.Duration
 	everFine, absent bool
 	approvals        int
+	repeat           *repetition // of an approved key; nil: none is open
 	expectations     int
 	expectUntil      time.Duration
 	granted          int
 	sound            bool // nothing crashes
+}
+
+// repetition is the one that an approved key may have.
+type repetition struct {
+	at                  time.Duration
+	boot, network, home string
 }
 
 type heard struct {
@@ -193,9 +201,22 @@ func (p *play) judge(d *device, r keywire.Request, dec policy.Decision) string {
 	if p.revoked {
 		return "granted to a revoked appliance"
 	}
+	if r.Verb == keywire.Renew {
+		defer func() { p.repeat = nil }()
+	}
 	switch dec.Reason {
 	case policy.ReasonApproved:
-		if p.approvals--; p.approvals < 0 {
+		again := repetition{p.t, r.Claims.Boot, network(d), p.boot}
+		switch was := p.repeat; {
+		case p.approvals > 0:
+			p.approvals, p.repeat = p.approvals-1, nil
+			if key && k.Approval == site.ApprovalAlways && r.Claims.Boot != "" {
+				p.repeat = &again
+			}
+		case key && was != nil && was.boot == again.boot && was.home == again.home && p.t-was.at < 15*time.Minute &&
+			(k.Place == site.PlaceNone || was.network == again.network) && slices.Equal(dec.Asks, []string{policy.AskAlways}):
+			p.repeat = nil
+		default:
 			return "an approval that nobody gave, or that was used up"
 		}
 	case policy.ReasonAnnounced:
@@ -302,7 +323,7 @@ func (p *play) step() (wrong string) {
 		return p.request(d)
 	case n < 88:
 		if order("revoked", func() (policy.State, error) { return policy.Revoke(p.s, "ada", "stolen", p.now()) }) {
-			p.revoked, p.approvals, p.expectations = true, 0, 0
+			p.revoked, p.approvals, p.repeat, p.expectations = true, 0, nil, 0
 		}
 	case n < 91:
 		if order("allowed", func() (policy.State, error) { return policy.Allow(p.s, "ada", "found", p.now()) }) {
@@ -311,7 +332,7 @@ func (p *play) step() (wrong string) {
 	case n < 95 && len(p.s.Waiting) > 0:
 		w := p.s.Waiting[p.r.IntN(len(p.s.Waiting))]
 		if order("approved "+w.ID, func() (policy.State, error) { return policy.Approve(p.s, w.ID, "ada", "me", p.now()) }) {
-			p.approvals = 1
+			p.approvals, p.repeat = 1, nil
 		}
 	case n < 96 && len(p.s.Waiting) > 0:
 		order("denied", func() (policy.State, error) { return policy.Deny(p.s, p.s.Waiting[0].ID, "ada", "not me") })

@@ -112,7 +112,7 @@ type Waiting struct {
 	Count    int           `json:"count"`
 }
 
-// Approval lets one request through that is like the waiting one.
+// Approval lets one request through that is like the waiting one, and its repetition.
 type Approval struct {
 	Of    Waiting       `json:"of"`
 	By    string        `json:"by"`
@@ -120,6 +120,9 @@ type Approval struct {
 	Given moment.Moment `json:"given"`
 	// Earliest is when it may have been given, should the wall clock have been set before.
 	Earliest time.Time `json:"earliest"`
+	// Used is when a key went out by it, to the machine that Of then names; zero: none
+	// did. That machine may repeat its request for a while.
+	Used moment.Moment `json:"used,omitzero"`
 }
 
 // Expectation lets the appliance come back from somewhere else, once.
