@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -130,11 +131,20 @@ func newLossList(path string) (*lossList, error) {
 }
 
 func (l *lossList) add(loss diskcopy.Loss) {
-	line := fmt.Sprintf("%s %s %q: %s", loss.Repository, loss.Generation, loss.Path, loss.What)
-	if len(l.first) < maxShown {
-		l.first = append(l.first, line)
+	var line strings.Builder
+	for _, word := range []string{loss.Repository, loss.Generation} {
+		if word != "" {
+			line.WriteString(word + " ")
+		}
 	}
-	if _, err := fmt.Fprintln(l.w, line); err != nil && l.err == nil {
+	if loss.Path != "" {
+		fmt.Fprintf(&line, "%q: ", loss.Path)
+	}
+	line.WriteString(loss.What)
+	if len(l.first) < maxShown {
+		l.first = append(l.first, line.String())
+	}
+	if _, err := fmt.Fprintln(l.w, line.String()); err != nil && l.err == nil {
 		l.err = err
 	}
 }

@@ -63,8 +63,8 @@ type Options struct {
 
 // Loss is something that the new disk does not have as it should.
 type Loss struct {
-	Repository, Generation string
-	Path                   string // below files/, or the name of a list
+	Repository, Generation string // "" if it is about all of them
+	Path                   string // below files/, or the name of a list or folder; "" for a repository
 	What                   string
 
 	file bool // and no list or folder
@@ -116,13 +116,15 @@ type copier struct {
 	why      map[string]string // of losses of this run, by repository/generation/path; bounded
 	lists    int64             // of the losses, those that are no files
 	rot      []generations.Rot // what the new disk lacks; bounded
+	counts   bool              // the old file system counts a folder's folders in its links
+	seen     map[string][]generations.Generation
 }
 
 // Copy copies the store in the folder from to the folder to, the top of a file
 // system of its own. An error that is not about a single file ends it, and it can
 // be called again. In a salvage Report.Lost says what is missing in the end.
 func Copy(ctx context.Context, from, to string, o Options) (*Report, error) {
-	c := &copier{Options: o, ctx: ctx, buf: make([]byte, 1<<20), why: map[string]string{}}
+	c := &copier{Options: o, ctx: ctx, buf: make([]byte, 1<<20), why: map[string]string{}, seen: map[string][]generations.Generation{}}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -162,6 +164,8 @@ func (c *copier) open(from, to string) (err error) {
 	if c.src, err = generations.Open(from, generations.Options{ReadOnly: true, Log: c.Log}); err != nil {
 		return hint.Because(err, "name the folder that holds generations/, README.txt and so on: the top of the old disk")
 	}
+	var system unix.Statfs_t
+	c.counts = unix.Statfs(from, &system) == nil && system.Type == unix.EXT4_SUPER_MAGIC
 	st, err := c.from.Stat(generations.GenerationsFolder)
 	if err != nil {
 		return err
@@ -241,8 +245,13 @@ func (c *copier) close() error {
 
 func (c *copier) run() error {
 	repositories, err := c.src.Repositories()
+	if err == nil {
+		err = c.hidden("")
+	}
 	if err != nil {
-		return err
+		if err := c.lose(err, Loss{Path: generations.GenerationsFolder}); err != nil {
+			return err
+		}
 	}
 	if err := c.estimate(repositories); err != nil {
 		return err
@@ -273,9 +282,9 @@ func (c *copier) run() error {
 // estimate counts generations, and what there is to read.
 func (c *copier) estimate(repositories []string) error {
 	for _, r := range repositories {
-		list, err := c.src.List(c.ctx, r)
+		list, err := c.list(r)
 		if err != nil {
-			return err
+			return fmt.Errorf("%s: %w", r, err)
 		}
 		c.report.Of += len(list)
 		for i, g := range list {
@@ -293,6 +302,55 @@ func (c *copier) estimate(repositories []string) error {
 	return nil
 }
 
+// list returns the generations of a repository, as far as its folder can be read,
+// and tells once if that is not to its end.
+func (c *copier) list(repository string) ([]generations.Generation, error) {
+	if list, ok := c.seen[repository]; ok {
+		return list, nil
+	}
+	list, err := c.src.List(c.ctx, repository)
+	if err == nil {
+		err = c.hidden(repository)
+	}
+	if err != nil {
+		err = fmt.Errorf("its folder cannot be read to its end, and shows %d generations: %s", len(list), text(err))
+		if err := c.lose(err, Loss{Repository: repository}); err != nil {
+			return nil, err
+		}
+	}
+	c.seen[repository] = list
+	return list, nil
+}
+
+// hidden is an error if a repository's folder, or with "" the one of all of them,
+// has folders that do not show. ext4 passes over a damaged block of a folder without
+// a word where it can, but an inode's links count the folders in it (up to 64998,
+// then there is 1).
+func (c *copier) hidden(repository string) error {
+	dir, err := c.from.Dir(strings.TrimSuffix(generations.GenerationsFolder+"/"+repository, "/"))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	st, err := dir.StatSelf()
+	if err != nil || !c.counts || st.Nlink < 2 {
+		return err
+	}
+	missing := int64(st.Nlink) - 2
+	if err := dir.Each(func(e fs.DirEntry) error {
+		if e.IsDir() {
+			missing--
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	if missing > 0 {
+		return fmt.Errorf("%d folders in it do not show", missing)
+	}
+	return nil
+}
+
 // has says whether the new disk has a generation.
 func (c *copier) has(repository, generation string) bool {
 	dir, err := c.dst.OpenGeneration(repository, generation)
@@ -304,12 +362,15 @@ func (c *copier) has(repository, generation string) bool {
 }
 
 func (c *copier) repository(name string) error {
-	list, err := c.src.List(c.ctx, name)
+	list, err := c.list(name)
 	if err != nil {
 		return err
 	}
 	from, err := c.from.Dir(generations.GenerationsFolder + "/" + name)
 	if err != nil {
+		if c.Salvage && len(list) == 0 {
+			return nil // it was told that the folder cannot be read
+		}
 		return err
 	}
 	defer from.Close()
@@ -345,13 +406,33 @@ func (c *copier) repository(name string) error {
 		c.report.Generations++
 		before = g.Name
 	}
-	// The counter: numbers of generations are never used twice.
-	return from.Each(func(e fs.DirEntry) error {
-		if e.Type().IsRegular() && e.Name() == ".sequence" {
-			return c.small(from, to, e.Name())
-		}
+	return c.counter(from, to, name, list)
+}
+
+// counter copies the last number that a repository used: numbers of generations are
+// never used twice.
+func (c *copier) counter(from, to *beneath.Dir, repository string, list []generations.Generation) error {
+	const counter = ".sequence"
+	if _, err := from.Stat(counter); errors.Is(err, fs.ErrNotExist) {
 		return nil
-	})
+	}
+	err := c.small(from, to, counter)
+	if err == nil {
+		return nil
+	}
+	if err := c.lose(err, Loss{Repository: repository, Path: counter}); err != nil || len(list) == 0 {
+		return err
+	}
+	// As far as the names tell it.
+	st, err := from.StatSelf()
+	if err != nil {
+		return err
+	}
+	last := fmt.Appendf(nil, "%d\n", list[len(list)-1].Sequence)
+	if err := to.WriteFile(counter, last, 0o644, func(f *os.File) error { return chown(f, st) }); err != nil {
+		return &targetError{err}
+	}
+	return nil
 }
 
 // rest copies what lies beside the generations.
@@ -421,6 +502,9 @@ func (c *copier) lose(err error, l Loss) error {
 	}
 	var target *targetError
 	if !c.Salvage || errors.As(err, &target) {
+		if l.Path == "" {
+			return err
+		}
 		return fmt.Errorf("%s: %w", l.Path, err)
 	}
 	l.What = text(err)

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -32,6 +33,7 @@ type work struct {
 	item       int64
 	twins      *twins
 	lost       map[uint64]string // inodes that cannot be read, with the reason; bounded
+	bare       bool              // no list of it is whole: the new disk will not say what it lacks
 
 	// What is not durable yet.
 	fresh []fresh
@@ -113,10 +115,10 @@ func (w *work) leaveOut(err error, path string) error {
 	return w.lose(err, Loss{Repository: w.repository, Generation: w.g.Name, Path: path})
 }
 
-// leaveFile is leaveOut for a file, which another copy may still bring, or for a
-// folder of files.
+// leaveFile is leaveOut for a file, which another copy may still bring if a list
+// names it, or for a folder of files.
 func (w *work) leaveFile(err error, path string) error {
-	return w.lose(err, Loss{Repository: w.repository, Generation: w.g.Name, Path: path, file: true})
+	return w.lose(err, Loss{Repository: w.repository, Generation: w.g.Name, Path: path, file: !w.bare})
 }
 
 func (w *work) run(src *beneath.Dir) error {
@@ -125,7 +127,7 @@ func (w *work) run(src *beneath.Dir) error {
 		return err
 	}
 	files, err := src.Dir(generations.FilesFolder)
-	if err != nil {
+	if err != nil && !w.bare { // else eachFound tells
 		// Its files may be those of other generations.
 		if err := w.leaveFile(err, generations.FilesFolder); err != nil {
 			return err
@@ -206,14 +208,23 @@ func (w *work) lists(src *beneath.Dir) (each func(func(item) error) error, good 
 	// Next best: the list for people.
 	w.twins = nil
 	good[generations.SumsFile] = true
+	_, err = w.eachSum(src, func(item) error { return nil })
+	var damaged *sumsError
+	if !errors.As(err, &damaged) {
+		return func(take func(item) error) error { return second(w.eachSum(src, take)) }, good, err
+	}
+	good[generations.SumsFile] = false
+	w.bare = true
+	if err := w.leaveOut(damaged.err, generations.SumsFile); err != nil {
+		return nil, nil, err
+	}
+	// And then what the disk shows.
 	return func(take func(item) error) error {
-		err := w.eachSum(src, take)
-		var damaged *sumsError
-		if errors.As(err, &damaged) {
-			good[generations.SumsFile] = false
-			return w.leaveOut(damaged.err, generations.SumsFile)
+		last, err := w.eachSum(src, take)
+		if err != nil && !errors.As(err, &damaged) {
+			return err
 		}
-		return err
+		return w.eachFound(src, last, take)
 	}, good, nil
 }
 
@@ -286,42 +297,115 @@ type sumsError struct{ err error }
 
 func (e *sumsError) Error() string { return e.err.Error() }
 
-// eachSum calls take for each file in SUMS.b2, and for the folders above them.
-func (w *work) eachSum(src *beneath.Dir, take func(item) error) error {
+// eachSum calls take for each file in SUMS.b2, and for the folders above them, and
+// returns the last that it could read.
+func (w *work) eachSum(src *beneath.Dir, take func(item) error) (last string, err error) {
 	f, _, err := src.Open(generations.SumsFile)
 	if err != nil {
-		return &sumsError{err}
+		return "", &sumsError{err}
 	}
 	defer f.Close()
 	lines := bufio.NewScanner(w.Reader(f))
 	lines.Buffer(make([]byte, 64<<10), 64<<10)
-	last := ""
 	for lines.Scan() {
 		if w.ctx.Err() != nil {
-			return w.ctx.Err()
+			return last, w.ctx.Err()
 		}
 		i, err := parseSum(lines.Text())
 		if err == nil && last != "" && manifest.ComparePaths(last, i.path) >= 0 {
 			err = fmt.Errorf("%q comes after %q", i.path, last)
 		}
 		if err != nil {
-			return &sumsError{err}
+			return last, &sumsError{err}
 		}
 		for at := range len(i.path) {
 			if i.path[at] != '/' || strings.HasPrefix(last, i.path[:at+1]) {
 				continue
 			}
 			if err := take(item{path: i.path[:at], folder: true}); err != nil {
-				return err
+				return last, err
 			}
 		}
 		last = i.path
 		if err := take(i); err != nil {
-			return err
+			return last, err
 		}
 	}
 	if err := lines.Err(); err != nil {
-		return &sumsError{err}
+		return last, &sumsError{err}
+	}
+	return last, nil
+}
+
+// eachFound calls take for each name after last that the disk shows, in the order
+// of a list: what there is where no list says what there should be. Nothing can be
+// compared with anything then, and that is told.
+func (w *work) eachFound(src *beneath.Dir, last string, take func(item) error) error {
+	found := 0
+	files, err := src.Dir(generations.FilesFolder)
+	if err == nil {
+		err = w.walk(files, "", last, func(i item) error {
+			if !i.folder {
+				found++
+			}
+			return take(i)
+		})
+		files.Close()
+		if err != nil {
+			return err
+		}
+		err = errors.New("no list says what else belongs to it")
+	}
+	err = fmt.Errorf("%s; %d files came over as the disk shows them, compared with nothing", text(err), found)
+	return w.leaveOut(err, generations.FilesFolder)
+}
+
+// walk is eachFound for a folder. It holds the names of the folders on the way.
+func (w *work) walk(dir *beneath.Dir, path, last string, take func(item) error) error {
+	var entries []fs.DirEntry
+	err := dir.Each(func(e fs.DirEntry) error {
+		entries = append(entries, e)
+		return w.ctx.Err()
+	})
+	if err != nil {
+		if err := w.leaveOut(err, path); err != nil {
+			return err
+		}
+	}
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	for _, e := range entries {
+		below := e.Name()
+		if path != "" {
+			below = path + "/" + below
+		}
+		if manifest.CheckPath(below) != nil {
+			continue // no push made it
+		}
+		after := last == "" || manifest.ComparePaths(last, below) < 0
+		if !e.IsDir() {
+			if !after {
+				continue
+			}
+			if err := take(item{path: below}); err != nil {
+				return err
+			}
+			continue
+		}
+		if !after && !strings.HasPrefix(last, below+"/") {
+			continue
+		}
+		if err := take(item{path: below, folder: true}); err != nil {
+			return err
+		}
+		sub, err := dir.Dir(e.Name())
+		if err != nil {
+			continue // told by take
+		}
+		err = w.walk(sub, below, last, take)
+		sub.Close()
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -404,7 +488,7 @@ func (w *work) copyList(src *beneath.Dir, name string, good bool) error {
 	return w.seal(dst, st)
 }
 
-func second(_ int64, err error) error { return err }
+func second[T any](_ T, err error) error { return err }
 
 // onlyReader and onlyWriter keep io.Copy on our buffer, and the reader's hook in use.
 type onlyReader struct{ io.Reader }

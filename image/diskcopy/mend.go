@@ -158,12 +158,15 @@ func (c *copier) eachNameOf(w *work, each func(*name) error) error {
 			return err
 		}
 	}
-	err = w.eachSum(dir, take)
+	_, err = w.eachSum(dir, func(item) error { return nil })
 	var damaged *sumsError
-	if errors.As(err, &damaged) {
+	if !errors.As(err, &damaged) {
+		return errors.Join(err, second(w.eachSum(dir, take)))
+	}
+	if _, ok := c.why[w.repository+"/"+w.g.Name+"/"+generations.SumsFile]; ok {
 		return nil
 	}
-	return err
+	return c.lose(damaged.err, Loss{Repository: w.repository, Generation: w.g.Name, Path: generations.SumsFile})
 }
 
 // fill gives n the file that lies at from.
