@@ -102,9 +102,11 @@ func (d *dying) attach(tb testing.TB) (device string) {
 		tb.Fatal("mount by FUSE, as root: ", err)
 	}
 	tb.Cleanup(func() {
-		if err := server.Unmount(); err != nil {
+		// Whoever looks at all loop devices just now holds it for a moment longer.
+		if err := unix.Unmount(folder, unix.MNT_DETACH); err != nil {
 			tb.Error(err)
 		}
+		server.Wait()
 	})
 	device = tool(tb, "mount", "losetup", "--read-only", "--find", "--show", folder+"/disk")
 	tb.Cleanup(func() { tool(tb, "mount", "losetup", "--detach", device) })
@@ -139,18 +141,21 @@ func oldImage(tb testing.TB) (image, tree string, photos []string, where places)
 	folder := mountOld(tb, loop(tb, image))
 	var ask strings.Builder
 	var asked []string
-	err := filepath.WalkDir(filepath.Join(folder, generations.GenerationsFolder), func(path string, e fs.DirEntry, err error) error {
+	err := filepath.WalkDir(folder, func(path string, e fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
 		rel, _ := filepath.Rel(folder, path)
+		if rel == "." {
+			return nil
+		}
 		info, err := e.Info()
 		if err != nil {
 			return err
 		}
 		blocks := extents(tb, path)
 		switch {
-		case rel == generations.GenerationsFolder:
+		case rel == generations.GenerationsFolder, strings.HasPrefix(rel, "lost+found"):
 		case e.IsDir():
 			where.folders[rel] = blocks
 		case len(blocks) > 0:
@@ -170,12 +175,13 @@ func oldImage(tb testing.TB) (image, tree string, photos []string, where places)
 	if err != nil || len(found) != len(asked) {
 		tb.Fatalf("debugfs (package e2fsprogs): %v, %d places of %d inodes\n%.2000s", err, len(found), len(asked), out)
 	}
-	// The first is the folder of all generations, without which nothing is to be found.
-	for i, m := range found[1:] {
-		if n, _ := strconv.ParseInt(string(m[1]), 10, 64); string(m[1]) != string(found[0][1]) {
-			where.inodes[asked[i+1]] = []int64{n}
-		}
+	for i, m := range found {
+		n, _ := strconv.ParseInt(string(m[1]), 10, 64)
+		where.inodes[asked[i]] = []int64{n}
 	}
+	// Without the folder of all generations nothing is to be found.
+	all := where.inodes[generations.GenerationsFolder]
+	maps.DeleteFunc(where.inodes, func(_ string, at []int64) bool { return at[0] == all[0] })
 	return image, tree, photos, where
 }
 
@@ -431,12 +437,14 @@ func TestBadSectorsInLists(t *testing.T) {
 		bad[where.data[g+"/"+list][0]] = true
 	}
 	bad[where.data[g+"/files/day"][0]] = true
+	bad[where.data["generations/photos/.sequence"][0]] = true
+	bad[where.data[".farkeep/clock.toml"][0]] = true
 	old := mountOld(t, (&dying{image: image, bad: bad}).attach(t))
 	var want []string
 	for _, name := range []string{"MANIFEST", "SUMS.b2", "day", "files", "generation.toml"} {
 		want = append(want, "photos/"+photos[1]+"/"+name)
 	}
-	if diff := cmp.Diff(append([]string{"docs", "docs/.sequence"}, want...), salvaged(t, tree, old)); diff != "" {
+	if diff := cmp.Diff(append([]string{".farkeep/clock.toml", "docs", "docs/.sequence", "photos/.sequence"}, want...), salvaged(t, tree, old)); diff != "" {
 		t.Error(diff)
 	}
 	to := newDisk(t)
@@ -461,7 +469,7 @@ func TestBadSectorsAnywhere(t *testing.T) {
 	t.Log("seed ", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	kinds := []map[string][]int64{where.data, where.data, where.folders, where.inodes}
-	for try := range 4 {
+	for try := range 3 {
 		bad := map[int64]bool{}
 		for range 1 + random.IntN(6) {
 			kind := kinds[random.IntN(len(kinds))]

@@ -30,6 +30,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -416,9 +417,11 @@ func (c *copier) counter(from, to *beneath.Dir, repository string, list []genera
 	if _, err := from.Stat(counter); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	err := c.small(from, to, counter)
+	data, err := c.readSmall(from, counter)
 	if err == nil {
-		return nil
+		if _, err = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 63); err == nil {
+			return c.small(from, to, counter)
+		}
 	}
 	if err := c.lose(err, Loss{Repository: repository, Path: counter}); err != nil || len(list) == 0 {
 		return err
@@ -484,15 +487,45 @@ func (c *copier) records(folder string, perm uint32, wanted func(string) bool) e
 		return err
 	}
 	defer to.Close()
-	return from.Each(func(e fs.DirEntry) error {
-		if !e.Type().IsRegular() || !wanted(e.Name()) {
-			return nil
-		}
-		if err := c.small(from, to, e.Name()); err != nil {
-			return c.lose(err, Loss{Path: folder + "/" + e.Name()})
+	var names []string
+	err = from.Each(func(e fs.DirEntry) error {
+		if e.Type().IsRegular() && wanted(e.Name()) {
+			names = append(names, e.Name())
 		}
 		return nil
 	})
+	if err != nil {
+		if err := c.lose(err, Loss{Path: folder}); err != nil {
+			return err
+		}
+	}
+	for _, name := range names {
+		if err := c.record(from, to, folder, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *copier) record(from, to *beneath.Dir, folder, name string) error {
+	path := folder + "/" + name
+	data, err := c.readSmall(from, name)
+	if err != nil {
+		return c.lose(err, Loss{Path: path})
+	}
+	if strings.HasSuffix(name, ".toml") {
+		if err := toml.Unmarshal(data, &map[string]any{}); err != nil {
+			if err := c.lose(err, Loss{Path: path}); err != nil {
+				return err
+			}
+			// What is rotten will be found again. The others, damaged as they are,
+			// stop what they were there to hold back until the operator decides.
+			if name == "rot.toml" {
+				return nil
+			}
+		}
+	}
+	return c.small(from, to, name)
 }
 
 // lose goes on past what cannot be copied, in a salvage.
