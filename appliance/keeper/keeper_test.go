@@ -218,24 +218,31 @@ func (b *bench) offer(repository string, r repo) (pushwire.OfferAnswer, *manifes
 
 func (b *bench) upload(push string, r repo, need *manifest.Set) error {
 	b.Helper()
+	c := b.uploading(push, r, need)
+	defer c.Close()
+	c.CloseWrite()
+	_, err := line(c, nil)
+	return err
+}
+
+// uploading sends what is needed, and no end.
+func (b *bench) uploading(push string, r repo, need *manifest.Set) *localcall.Conn {
+	b.Helper()
 	_, _, contents := r.manifest(b.T)
 	c := b.open(keepercall.Upload, b.with(func(a *keepercall.Args) { a.Push = push }))
-	defer c.Close()
 	e := recipe.NewEncoder(c)
 	for i := range need.All() {
 		h := manifest.NewHash()
 		io.WriteString(h, contents[i])
 		err := errors.Join(e.File(i), second(io.WriteString(e, contents[i])), e.End(manifest.SumOf(h)))
 		if err != nil {
-			return err
+			b.Fatal(err)
 		}
 	}
 	if err := e.Close(); err != nil {
-		return err
+		b.Fatal(err)
 	}
-	c.CloseWrite()
-	_, err := line(c, nil)
-	return err
+	return c
 }
 
 func second(_ int, err error) error { return err }
@@ -335,6 +342,100 @@ func TestPushThroughTheKeeper(t *testing.T) {
 	if err := b.ask(keepercall.Attach, nil, nil); err == nil {
 		t.Error("an empty mount point was taken for the disk")
 	}
+}
+
+// What follows an upload is carried out in order, each step only after the one before.
+func TestEndingOfAnUpload(t *testing.T) {
+	b := start(t)
+	b.mount()
+	night := 0
+	// ended sends all that is needed, or the half of it, and then what end says.
+	ended := func(end func(push string, beat pushwire.Heartbeat) string, half bool) (answers []pushwire.CommitAnswer, err error) {
+		t.Helper()
+		night++
+		content := repo{"a": fmt.Sprint("one ", night), "b": fmt.Sprint("two ", night)}
+		answer, need, err := b.offer("photos", content)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if half {
+			need.Remove(0)
+		}
+		_, o, _ := content.manifest(t)
+		c := b.uploading(answer.Push, content, need)
+		defer c.Close()
+		beat := pushwire.Heartbeat{Host: "home", At: time.Unix(int64(night), 0).UTC(), Repositories: []pushwire.RepositoryDigest{{Name: "photos", Digest: o.Digest}}}
+		if _, err := io.WriteString(c, end(answer.Push, beat)); err != nil {
+			t.Fatal(err)
+		}
+		c.CloseWrite()
+		var got pushwire.UploadAnswer
+		then, err := line(c, &got)
+		if err != nil || got.Files != int64(need.Len()) {
+			t.Fatalf("the upload: %+v, %v", got, err)
+		}
+		for then == keepercall.ThenLine {
+			var more pushwire.CommitAnswer
+			if then, err = line(c, &more); err != nil {
+				return answers, err
+			}
+			answers = append(answers, more)
+		}
+		return answers, nil
+	}
+	text := func(change func(e *pushwire.Ending)) func(string, pushwire.Heartbeat) string {
+		return func(push string, beat pushwire.Heartbeat) string {
+			e := pushwire.Ending{Commit: push, Heartbeat: &beat}
+			change(&e)
+			line, err := json.Marshal(e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(line) + "\n"
+		}
+	}
+	whole := text(func(*pushwire.Ending) {})
+	got, err := ended(whole, false)
+	if err != nil || len(got) != 2 || got[0].Generation == "" {
+		t.Fatalf("an upload, its commit, its heartbeat: %+v, %v", got, err)
+	}
+	first := got[0].Generation
+	s := b.status()
+	if len(s.Heartbeats) != 1 || !s.Heartbeats[0].At.Equal(time.Unix(1, 0)) || s.Repositories[0].Newest != first {
+		t.Errorf("status: %+v", s)
+	}
+	if got, err := ended(text(func(e *pushwire.Ending) { e.Heartbeat = nil }), false); err != nil || len(got) != 1 || got[0].Generation == first {
+		t.Errorf("without a heartbeat: %+v, %v", got, err)
+	}
+	second := b.status().Repositories[0].Newest
+
+	// Nothing is committed, and no heartbeat believed, nor taken for a lie.
+	for _, tt := range []struct {
+		name string
+		end  func(string, pushwire.Heartbeat) string
+		half bool
+		want string
+	}{
+		{"half of the files", whole, true, "1 files are missing"},
+		{"another push", text(func(e *pushwire.Ending) { e.Commit = "photos/0123456789abcdef" }), false, "ends with the commit of"},
+		{"no push", text(func(e *pushwire.Ending) { e.Commit = "" }), false, "ends with the commit of"},
+		{"half a line", func(push string, beat pushwire.Heartbeat) string { return strings.TrimSuffix(whole(push, beat), "\n") }, false, "read the ending"},
+		{"something else", func(string, pushwire.Heartbeat) string { return "commit\n" }, false, "read the ending"},
+	} {
+		got, err := ended(tt.end, tt.half)
+		if err == nil || len(got) > 0 || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %+v, %v; want %q", tt.name, got, err, tt.want)
+		}
+	}
+	if s := b.status(); s.Repositories[0].Newest != second || len(s.Heartbeats) != 1 || !s.Heartbeats[0].At.Equal(time.Unix(1, 0)) || len(s.Untrue) > 0 {
+		t.Errorf("after refusals: %+v", s)
+	}
+	// One that claims what was not committed is found out behind a commit as anywhere.
+	lie := text(func(e *pushwire.Ending) { e.Heartbeat.Repositories[0].Digest = strings.Repeat("0", 64) })
+	if got, err := ended(lie, false); hint.Code(err) != hint.ExitRefused || len(got) != 1 || got[0].Generation == "" {
+		t.Errorf("a heartbeat that is not true behind a commit: %+v, %v", got, err)
+	}
+	b.await("the lie is told", func(s *status.Keeper) bool { return len(s.Untrue) == 1 })
 }
 
 // A peer that sends its manifest with the offer gets the whole answer also when

@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -264,28 +265,62 @@ func begin(ctx context.Context, c *call) error {
 }
 
 func upload(ctx context.Context, c *call) error {
-	if err := c.pushKey(); err != nil {
+	beat, err := receive(ctx, c)
+	if err != nil || beat == nil {
 		return err
 	}
-	ctx, _, leave, err := c.enter(ctx)
+	return c.beat(ctx, *beat)
+}
+
+// receive takes an upload, and commits the push if an ending that follows says so. It
+// returns the heartbeat that is to come after the commit; nil: none.
+func receive(ctx context.Context, c *call) (*pushwire.Heartbeat, error) {
+	if err := c.pushKey(); err != nil {
+		return nil, err
+	}
+	ctx, store, leave, err := c.enter(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer leave()
 	ctx, p, err := c.use(ctx, c.args.Push)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	keep := false
 	defer func() { c.done(p, keep) }()
-	r, stop := c.reader(ctx, p.touch)
+	raw, stop := c.reader(ctx, p.touch)
 	defer stop()
-	got, err := p.tx.Receive(ctx, r)
+	got, err := p.tx.Receive(ctx, raw)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	keep = true
-	return c.answer(got, keepercall.ThenEnd)
+	if err := c.answer(got, keepercall.ThenLine); err != nil {
+		return nil, err
+	}
+	var end pushwire.Ending
+	err = pushwire.ReadLine(pushwire.NewReader(io.MultiReader(bytes.NewReader(p.tx.Behind()), raw)), &end)
+	if errors.Is(err, io.EOF) && !errors.Is(err, pushwire.ErrLine) {
+		return nil, c.over() // all that is wanted for now
+	}
+	if err != nil {
+		return nil, hint.Exit(hint.ExitUsage, fmt.Errorf("read the ending of the upload: %w", err))
+	}
+	if end.Commit != c.args.Push {
+		return nil, hint.Exit(hint.ExitUsage, fmt.Errorf("an upload of push %s that ends with the commit of %.200q", c.args.Push, end.Commit))
+	}
+	stop()
+	keep = false
+	done, err := c.commit(ctx, store, p)
+	if err != nil {
+		return nil, err
+	}
+	then := keepercall.ThenEnd
+	if end.Heartbeat != nil {
+		then = keepercall.ThenLine
+	}
+	return end.Heartbeat, c.answer(done, then)
 }
 
 func commit(ctx context.Context, c *call) error {
@@ -308,33 +343,41 @@ func commit(ctx context.Context, c *call) error {
 		}
 		return err
 	}
-	ctx = used
 	defer c.done(p, false)
-	if err := c.stays(p.repository); err != nil {
+	answer, err := c.commit(used, store, p)
+	if err != nil {
 		return err
+	}
+	return c.answer(answer, keepercall.ThenEnd)
+}
+
+// commit makes the generation of a push.
+func (c *call) commit(ctx context.Context, store *generations.Store, p *push) (answer pushwire.CommitAnswer, err error) {
+	if err := c.stays(p.repository); err != nil {
+		return answer, err
 	}
 	// A commit of many files sends nothing for minutes, and is not silent.
 	working := p.working(c.brief.Takeover / 4)
 	defer working()
-	name, err := p.tx.Commit(ctx)
-	if err != nil {
-		return err
+	if answer.Generation, err = p.tx.Commit(ctx); err != nil {
+		return answer, err
 	}
 	if err := c.confirmed(ctx, store, p.repository); err != nil {
-		return err
+		return answer, err
 	}
 	c.tellRot(store)
 	if p.tx.Heals() {
-		c.log.Info("rotten files came again", "repository", p.repository, "generation", name, "healed", p.tx.Healed())
-		return c.answer(pushwire.CommitAnswer{Generation: name}, keepercall.ThenEnd)
+		c.log.Info("rotten files came again", "repository", p.repository, "generation", answer.Generation, "healed", p.tx.Healed())
+		return answer, nil
 	}
 	c.committed(p.repository)
-	g, err := store.Generation(ctx, p.repository, name)
+	g, err := store.Generation(ctx, p.repository, answer.Generation)
 	if err != nil {
-		return err
+		return answer, err
 	}
-	c.log.Info("a new generation", "repository", p.repository, "generation", name, "files", g.Files, "new_files", g.NewFiles, "new_bytes", g.NewBytes)
-	return c.answer(pushwire.CommitAnswer{Generation: name, Suspect: g.Suspect}, keepercall.ThenEnd)
+	answer.Suspect = g.Suspect
+	c.log.Info("a new generation", "repository", p.repository, "generation", g.Name, "files", g.Files, "new_files", g.NewFiles, "new_bytes", g.NewBytes)
+	return answer, nil
 }
 
 // working keeps the push from being taken over until the returned func is called.

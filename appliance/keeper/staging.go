@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -136,7 +135,7 @@ func words(ctx context.Context, c *call) error {
 			return context.Cause(ctx)
 		}
 	}
-	return c.conn.Reply(json.RawMessage(`{"Then":"` + keepercall.ThenEnd + `"}`))
+	return c.over()
 }
 
 // isCopy says whether the argument of commit or abort is a repository, whose staging

@@ -54,6 +54,11 @@ func (c *call) answer(v any, then string) error {
 	return c.conn.Reply(keepercall.Answer{Out: out, Then: then})
 }
 
+// over ends the answers of a verb without another line.
+func (c *call) over() error {
+	return c.conn.Reply(json.RawMessage(`{"Then":"` + keepercall.ThenEnd + `"}`))
+}
+
 // allowed checks that the peer's key may use the repository. The receiver has
 // checked the role already; whoever writes the disk checks again.
 func (c *call) allowed(repository string) error {
@@ -166,7 +171,7 @@ func list(ctx context.Context, c *call) error {
 			}
 		}
 	}
-	return c.conn.Reply(json.RawMessage(`{"Then":"` + keepercall.ThenEnd + `"}`))
+	return c.over()
 }
 
 func wireGeneration(g generations.Generation) pushwire.Generation {
@@ -238,8 +243,16 @@ func heartbeat(ctx context.Context, c *call) error {
 	if err := c.line(ctx, &beat); err != nil {
 		return err
 	}
-	if beat.Host != c.args.Host || pushwire.CheckRepository(beat.Host) != nil {
+	if beat.Host != c.args.Host {
 		return hint.Exit(hint.ExitUsage, fmt.Errorf("heartbeat of host %.64q, announced as %.64q", beat.Host, c.args.Host))
+	}
+	return c.beat(ctx, beat)
+}
+
+// beat judges a heartbeat, and writes down one that is true.
+func (c *call) beat(ctx context.Context, beat pushwire.Heartbeat) error {
+	if err := pushwire.CheckRepository(beat.Host); err != nil {
+		return hint.Exit(hint.ExitUsage, fmt.Errorf("heartbeat of host %.64q: %w", beat.Host, err))
 	}
 	if len(beat.Repositories) == 0 {
 		return hint.Exit(hint.ExitUsage, errors.New("a heartbeat that names no repository says nothing"))

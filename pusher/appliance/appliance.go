@@ -56,7 +56,10 @@ type Appliance struct {
 	awake time.Time
 }
 
-var _ target.Target = (*Appliance)(nil)
+var (
+	_ target.Target   = (*Appliance)(nil)
+	_ target.Finisher = (*Appliance)(nil)
+)
 
 // New returns the appliance without connecting to it.
 func New(c Config) *Appliance {
@@ -257,25 +260,92 @@ func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repositor
 }
 
 // Upload implements target.Target.
-func (a *Appliance) Upload(ctx context.Context, push string, write func(io.Writer) error) (pushwire.UploadAnswer, error) {
-	var answer pushwire.UploadAnswer
+func (a *Appliance) Upload(ctx context.Context, push string, write func(io.Writer) error) (answer pushwire.UploadAnswer, err error) {
+	_, err = a.Finish(ctx, push, write, target.Ending{
+		Commit:   func() bool { return false },
+		Uploaded: func(got pushwire.UploadAnswer) { answer = got },
+	})
+	return answer, err
+}
+
+// Finish implements target.Finisher.
+func (a *Appliance) Finish(ctx context.Context, push string, write func(io.Writer) error, end target.Ending) (target.Finished, error) {
 	client, err := a.connected(ctx)
 	if err != nil {
-		return answer, err
+		return target.Finished{}, err
 	}
+	done, err := a.finish(ctx, client, push, write, end)
+	if err == nil && done.BeatErr != nil {
+		done.BeatErr = a.ended(client, done.BeatErr)
+		return done, nil
+	}
+	return done, a.ended(client, err)
+}
+
+func (a *Appliance) finish(ctx context.Context, client *sshverb.Client, push string, write func(io.Writer) error, end target.Ending) (done target.Finished, err error) {
 	d, err := client.Start(ctx, "upload "+push)
 	if err != nil {
-		return answer, a.ended(client, err)
+		return done, err
 	}
 	defer d.Close()
 	if err := send(d, write); err != nil {
-		return answer, a.ended(client, err)
+		return done, err
+	}
+	commit := end.Commit()
+	if commit {
+		if done.Beaten, err = sendEnding(d, push, end); err != nil {
+			return done, err
+		}
 	}
 	d.Stdin.Close()
-	if err := receive(d, pushwire.NewReader(d.Stdout), &answer); err != nil {
-		return answer, a.ended(client, err)
+	r := pushwire.NewReader(d.Stdout)
+	var answer pushwire.UploadAnswer
+	if err := receive(d, r, &answer); err != nil {
+		return done, err
 	}
-	return answer, a.ended(client, d.Wait())
+	if !commit {
+		err := d.Wait()
+		if err == nil {
+			end.Uploaded(answer)
+		}
+		return done, err
+	}
+	end.Uploaded(answer)
+	var committed pushwire.CommitAnswer
+	err = pushwire.ReadLine(r, &committed)
+	if errors.Is(err, io.EOF) && !errors.Is(err, pushwire.ErrLine) {
+		// An appliance that is older than this pusher ends the verb here, with success.
+		done.Beaten = false
+		return done, d.Wait()
+	}
+	if err != nil {
+		return done, broken(d, err)
+	}
+	done.Commit = &committed
+	if !done.Beaten {
+		return done, d.Wait()
+	}
+	done.BeatErr = receive(d, r, &struct{}{})
+	if done.BeatErr == nil {
+		done.BeatErr = d.Wait()
+	}
+	return done, nil
+}
+
+// sendEnding sends what is to follow an upload. A heartbeat of too many repositories
+// for its line stays behind.
+func sendEnding(d *sshverb.Dialogue, push string, end target.Ending) (beaten bool, err error) {
+	line := pushwire.Ending{Commit: push}
+	if end.Heartbeat != nil {
+		h := end.Heartbeat()
+		line.Heartbeat = &h
+	}
+	err = send(d, func(w io.Writer) error { return pushwire.WriteLine(w, line) })
+	if errors.Is(err, pushwire.ErrLine) && line.Heartbeat != nil {
+		line.Heartbeat = nil
+		err = send(d, func(w io.Writer) error { return pushwire.WriteLine(w, line) })
+	}
+	return line.Heartbeat != nil, err
 }
 
 // Commit implements target.Target.

@@ -32,7 +32,6 @@ import (
 	"farkeep/pusher/progress"
 	"farkeep/pusher/repository"
 	"farkeep/pusher/target"
-	"farkeep/shared/contentname"
 	"farkeep/shared/hint"
 	"farkeep/shared/manifest"
 	"farkeep/shared/pushwire"
@@ -90,6 +89,12 @@ type Outcome struct {
 	Err        error         `json:"-"`
 	digest     string
 	clock      clock
+	// beat makes the target's heartbeat, if this is the push that it waits for and its
+	// digest that one; nil: it is not.
+	beat    func(digest string) pushwire.Heartbeat
+	beaten  bool // it was sent behind the commit
+	beatErr error
+	asked   bool // a commit was asked for that makes a generation
 }
 
 // Beat is how a target's heartbeat ended.
@@ -203,7 +208,7 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 	var waking sync.WaitGroup
 	defer waking.Wait()
 	defer stop()
-	for _, pic := range pictures {
+	for i, pic := range pictures {
 		start := p.Now()
 		switch frozen := pic.repository.Kind != pushwire.KindFiles; {
 		case frozen && !asked:
@@ -212,6 +217,11 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 			waking.Go(func() { t.Wake(early) }) // its error comes again with the offer
 		}
 		o := Outcome{Repository: pic.repository.Name, Target: t.Name(), Err: awake, clock: clock{now: p.Now}}
+		if i == len(pictures)-1 && !failed && len(p.Problems) == 0 && p.Whole {
+			o.beat = func(digest string) pushwire.Heartbeat {
+				return p.heartbeat(append(slices.Clip(outcomes), Outcome{Repository: pic.repository.Name, digest: digest}))
+			}
+		}
 		o.clock.Away = p.Now().Sub(start)
 		if o.Err == nil {
 			o.Err = p.one(ctx, t, pic, &o, lane)
@@ -235,6 +245,8 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 		outcomes = append(outcomes, o)
 	}
 	switch {
+	case len(outcomes) > 0 && outcomes[len(outcomes)-1].sent():
+		beat.Sent = true
 	case failed || len(p.Problems) > 0:
 		beat.Why = "not everything arrived"
 	case !p.Whole:
@@ -242,14 +254,27 @@ func (p *Push) target(ctx context.Context, t target.Target, pictures []*picture,
 	case len(outcomes) == 0:
 		beat.Why = "there is nothing to push"
 	default:
-		h := pushwire.Heartbeat{Host: p.Host, At: p.Now().UTC()}
-		for _, o := range outcomes {
-			h.Repositories = append(h.Repositories, pushwire.RepositoryDigest{Name: o.Repository, Digest: o.digest})
+		if err := outcomes[len(outcomes)-1].beatErr; err != nil && !target.Temporary(err) {
+			beat.Err = err // it would be refused again
+			break
 		}
+		h := p.heartbeat(outcomes)
 		beat.Err = p.retry(ctx, t, nil, func() error { return t.Heartbeat(ctx, h) })
 		beat.Sent = beat.Err == nil
 	}
 	return outcomes, beat
+}
+
+// sent says that the heartbeat arrived with the push.
+func (o *Outcome) sent() bool { return o.beaten && o.beatErr == nil }
+
+// heartbeat says that the pushes arrived.
+func (p *Push) heartbeat(outcomes []Outcome) pushwire.Heartbeat {
+	h := pushwire.Heartbeat{Host: p.Host, At: p.Now().UTC()}
+	for _, o := range outcomes {
+		h.Repositories = append(h.Repositories, pushwire.RepositoryDigest{Name: o.Repository, Digest: o.digest})
+	}
+	return h
 }
 
 // one brings one repository to one target.
@@ -368,7 +393,7 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	}
 	if answer.Answer == pushwire.AnswerSame {
 		// Also after a commit whose answer was lost: then the generation is ours.
-		o.Generation = answer.Generation
+		o.Generation, o.New = answer.Generation, o.asked
 		return nil
 	}
 	if answer.Answer != pushwire.AnswerSend || answer.Needed == nil {
@@ -377,24 +402,9 @@ func (p *Push) once(ctx context.Context, t target.Target, pic *picture, l *list,
 	if answer.Heal {
 		p.Log.Warn("files of the newest generation went bad on the target's disk: sending them again", "repository", r.Name, "target", t.Name(), "files", answer.Needed.Len())
 	}
-	if answer.Needed.Len() > 0 {
-		if err := p.upload(ctx, t, pic, l, answer, careful, o, lane); err != nil {
-			return err
-		}
-	}
-	checked := o.clock.spend(&o.clock.Source)
-	err = pic.check(ctx, l, lane)
-	checked()
+	done, err := p.send(ctx, t, pic, l, answer, careful, o, lane)
 	if err != nil {
 		return err
-	}
-	lane.Begin("committing "+r.Name, 0)
-	defer lane.End()
-	committing := o.clock.spend(&o.clock.Store)
-	done, err := t.Commit(ctx, answer.Push)
-	committing()
-	if err != nil {
-		return &commitError{err}
 	}
 	// What heals a generation makes none.
 	o.Generation, o.New, o.Suspect = done.Generation, !answer.Heal, done.Suspect
@@ -453,47 +463,6 @@ func (p *Push) offer(ctx context.Context, t target.Target, repository string, of
 		return answer, err
 	}
 	return t.Offer(ctx, repository, offer, target.List{Open: func(string) (io.ReadCloser, error) { return l.open() }})
-}
-
-func (p *Push) upload(ctx context.Context, t target.Target, pic *picture, l *list, answer target.Answer, careful bool, o *Outcome, lane *progress.Lane) error {
-	lane.Begin(pic.repository.Name, answer.NeedBytes)
-	defer lane.End()
-	dir, err := os.OpenRoot(pic.root())
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	u := &upload{
-		ctx: ctx, dir: dir, list: l, set: answer.Needed, resume: answer.Resume, careful: careful,
-		sent:   func(n int64) { o.Bytes += n; lane.Add(n) },
-		copied: func(n int64) { o.Copied += n; lane.Add(n) },
-		spared: func(n int64) { o.Bytes -= n; o.Spared += n },
-		times:  &uploading{c: &o.clock, sleep: p.sleep},
-		// What Borg and restic write is encrypted, or compressed already.
-		pack: t.Far() && pic.repository.Kind == pushwire.KindFiles && pic.repository.Layout == contentname.None,
-	}
-	if !careful {
-		if u.plan, err = p.plan(ctx, t, pic, answer, u); err != nil {
-			return err
-		}
-	}
-	var took time.Duration
-	uploading := o.clock.spend(&took)
-	got, err := t.Upload(ctx, answer.Push, func(w io.Writer) error {
-		w = u.times.writer(w)
-		if p.Rate != nil {
-			rate := func(at time.Time) int64 { return p.Rate(t.Name(), at) }
-			w = &limited{ctx, w, &limit{rate: rate, now: p.Now, wait: u.times.wait, due: p.Now()}}
-		}
-		return u.write(w)
-	})
-	uploading()
-	u.times.ended(took, got, t.Far())
-	o.Files += got.Files
-	if err != nil {
-		return &uploadError{err}
-	}
-	return nil
 }
 
 // plan finds out what of the needed files the target has already, as far as we

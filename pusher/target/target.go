@@ -62,6 +62,37 @@ type Target interface {
 	Close() error
 }
 
+// A Finisher is a target to which a push can be sent to its end without waiting for
+// an answer between the steps. A target that is none is called step by step.
+type Finisher interface {
+	// Finish is Upload, and what end asks for behind it. Nothing of that is done
+	// unless the upload was complete, nor a heartbeat counted whose push was not
+	// committed. An error is the upload's, until end.Uploaded was called; after that
+	// it is the commit's.
+	Finish(ctx context.Context, push string, write func(w io.Writer) error, end Ending) (Finished, error)
+}
+
+// Ending is what follows an upload. Its functions are called by whoever called Finish.
+type Ending struct {
+	// Commit is asked once, after the last byte went out and before the upload is
+	// answered: may the push be committed? If not, Finish is an Upload.
+	Commit func() bool
+	// Heartbeat makes the one to send behind the commit; nil: none.
+	Heartbeat func() pushwire.Heartbeat
+	// Uploaded is called when the answer to the upload is there.
+	Uploaded func(pushwire.UploadAnswer)
+}
+
+// Finished is how far Finish came.
+type Finished struct {
+	// Commit is nil when nothing was committed behind the upload: it was not asked
+	// for, or the target knows only one step at a time.
+	Commit *pushwire.CommitAnswer
+	// Beaten says that a heartbeat was sent behind Commit; BeatErr is what became of it.
+	Beaten  bool
+	BeatErr error
+}
+
 // MaxAhead bounds List.Ahead, in bytes.
 const MaxAhead = 128 << 10
 

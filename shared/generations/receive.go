@@ -74,6 +74,7 @@ func (t *Transaction) receive(ctx context.Context, r io.Reader) (got pushwire.Up
 	for {
 		index, err := d.Next()
 		if errors.Is(err, io.EOF) {
+			t.behind = slices.Clone(d.Behind())
 			return w.got, w.flush()
 		}
 		if err == nil {
@@ -85,6 +86,9 @@ func (t *Transaction) receive(ctx context.Context, r io.Reader) (got pushwire.Up
 		}
 	}
 }
+
+// Behind is what the last Receive read beyond the end mark of its stream.
+func (t *Transaction) Behind() []byte { return t.behind }
 
 // waiting counts the time that reads take.
 type waiting struct {

@@ -128,8 +128,9 @@ type Transaction struct {
 	partials   map[manifest.Sum]int64 // half-built files that the answer offered to resume
 	durable    map[manifest.Sum]int64 // the content of the file checkpoint
 	distrusted map[manifest.Sum]bool
-	overhead   int64 // bytes of lists and folders
-	used       int64 // of the quota, this push included
+	overhead   int64  // bytes of lists and folders
+	used       int64  // of the quota, this push included
+	behind     []byte // what came behind the last stream
 
 	healing *Generation // whose rotten files this push brings; nil for a push that makes a generation
 	healed  int

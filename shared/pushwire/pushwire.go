@@ -5,6 +5,7 @@
 //	offer REPOSITORY   → Offer            ← OfferAnswer (same | send-manifest)
 //	                   → the manifest     ← OfferAnswer (send), then Needed
 //	upload PUSH        → recipe stream    ← UploadAnswer
+//	                   [→ Ending          ← CommitAnswer, then {} for a heartbeat]
 //	commit PUSH|REPOSITORY                ← CommitAnswer
 //	abort PUSH|REPOSITORY                 ← {}
 //	sftp                                  a subsystem: staging copies for stock clients
@@ -98,6 +99,16 @@ type UploadAnswer struct {
 	// nanoseconds; Waited what of it went by waiting for the next byte.
 	Took   time.Duration `json:"took"`
 	Waited time.Duration `json:"waited"`
+}
+
+// Ending may follow the stream of an upload: what is to be done once all of it is
+// there, so that nobody waits for the upload's answer before asking for it. It is
+// carried out in order and ends with the first error. An appliance that does not
+// know it answers the upload, and ends the verb.
+type Ending struct {
+	Commit string `json:"commit"` // the push, again
+	// Heartbeat is judged after the commit, and not at all if that is refused.
+	Heartbeat *Heartbeat `json:"heartbeat,omitempty"`
 }
 
 // CommitAnswer ends a push.

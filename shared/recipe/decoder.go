@@ -49,9 +49,20 @@ type Decoder struct {
 	err    error
 }
 
-// NewDecoder reads the stream that r holds. It may read ahead of the end mark.
+// NewDecoder reads the stream that r holds. It may read ahead of the end mark; what
+// it read so, Behind has.
 func NewDecoder(r io.Reader) *Decoder {
 	return &Decoder{r: bufio.NewReaderSize(r, 64<<10), last: -1}
+}
+
+// Behind is what was read from the stream's reader beyond the end mark; nil until
+// Next returned io.EOF.
+func (d *Decoder) Behind() []byte {
+	if d.err != io.EOF {
+		return nil
+	}
+	behind, _ := d.r.Peek(d.r.Buffered())
+	return behind
 }
 
 // Next returns the manifest index of the next file, or io.EOF after the end
