@@ -9,6 +9,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -42,8 +43,13 @@ type Client struct {
 	raw  net.Conn
 	stop func()
 
-	mu   sync.Mutex // guards next
-	next *ahead     // nil where nothing is opened ahead
+	roundTrip atomic.Int64 // the least that was seen, in nanoseconds; 0: none
+
+	mu      sync.Mutex // guards what follows
+	next    *ahead     // nil where nothing is opened ahead
+	opening []*opening // stripes, in the order in which they were asked for
+	stripes uint32     // how many were asked for in all
+	narrow  bool       // the peer knows no stripes
 }
 
 // Dial connects and authenticates. The caller must Close the client. Errors
@@ -134,6 +140,9 @@ func (c *Client) openAhead() *ahead {
 	a := &ahead{ready: make(chan struct{}), at: time.Now()}
 	go func() {
 		a.channel, a.requests, a.err = c.conn.OpenChannel("session", nil)
+		if a.err == nil {
+			c.answered(time.Since(a.at))
+		}
 		close(a.ready)
 	}()
 	return a
@@ -183,7 +192,7 @@ func (c *Client) Start(ctx context.Context, verb string) (*Dialogue, error) {
 		return nil, err
 	}
 	// RFC 4254 §6.5.
-	s, err := c.stream(ctx, name, "exec", verb, false)
+	s, err := c.stream(ctx, name, "exec", verb, false, nil)
 	if err != nil {
 		return nil, err
 	}

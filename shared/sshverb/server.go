@@ -24,6 +24,7 @@ type Limits struct {
 	Connections int           // at once; default 16
 	PerKey      int           // of them by one key, so that no key shuts out the others; default half
 	Sessions    int           // at once in one connection; default 8
+	Stripes     int           // at once in all connections: channels beside sessions, for streams that are dealt over several (see Client.StartWide); default none
 	Handshakes  int           // at once; who comes later waits for his turn, first come, first served; default: all at once
 	Turn        time.Duration // how long a handshake that is slow, or silent, keeps others waiting; default 2s
 	Handshake   time.Duration // its start to authenticated; default 20s
@@ -81,8 +82,9 @@ type Server struct {
 	Limits  Limits
 	Log     *slog.Logger
 
-	mu     sync.Mutex
-	perKey map[string]int // connections by the key's wire form
+	mu      sync.Mutex
+	perKey  map[string]int // connections by the key's wire form
+	stripes int            // that are open
 }
 
 // enter counts a connection of a key; leave must be called if it says yes.
@@ -124,6 +126,7 @@ type Session struct {
 	Log         *slog.Logger
 
 	channel ssh.Channel
+	input   io.Reader // the channel's, or one that is dealt over it and stripes
 	end     context.CancelFunc
 }
 
@@ -134,7 +137,7 @@ func (s *Session) End() { s.end() }
 
 // Patient reads like Stdin, but without the limit on a stalled peer: for handlers
 // that know better whether it is the peer's turn.
-func (s *Session) Patient() io.Reader { return s.channel }
+func (s *Session) Patient() io.Reader { return s.input }
 
 // ReadWriteCloser joins Stdin and Stdout, for subsystems.
 func (s *Session) ReadWriteCloser() io.ReadWriteCloser {
@@ -358,11 +361,19 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerC
 	defer sessions.Wait()
 	defer cancel()
 	slots := make(chan struct{}, limits.Sessions)
+	hangUp := func() { conn.Close() }
+	wide := &stripes{server: s, limits: limits, hangUp: hangUp, waiting: map[uint32]*stripe{}}
 	for n := 1; ; n++ {
 		newChannel, ok := <-channels
 		if !ok {
 			log.Info("disconnected")
 			return
+		}
+		if newChannel.ChannelType() == stripeChannel && limits.Stripes > 0 {
+			if wait := wide.open(newChannel); wait != nil {
+				sessions.Go(wait)
+			}
+			continue
 		}
 		if newChannel.ChannelType() != "session" {
 			newChannel.Reject(ssh.Prohibited, "only sessions are served here")
@@ -381,12 +392,12 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerC
 		}
 		session := &Session{
 			ID: fmt.Sprintf("%s.%d", id, n), Peer: conn.RemoteAddr(), Key: offered,
-			Permissions: sc.Permissions, channel: channel, Log: log.With("session", n),
+			Permissions: sc.Permissions, channel: channel, input: channel, Log: log.With("session", n),
 		}
 		sessions.Add(1)
 		go func() {
 			defer func() { <-slots; sessions.Done() }()
-			s.serveSession(ctx, session, channelRequests, limits, func() { conn.Close() })
+			s.serveSession(ctx, session, channelRequests, limits, wide, hangUp)
 			// The place is free when the peer has closed the channel as well: until
 			// then what it sent into it takes memory, and a peer that never closes
 			// any would get ever more.
@@ -397,16 +408,23 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn, base *ssh.ServerC
 
 // serveSession waits for the one request that names the work, and does it.
 // hangUp closes the connection.
-func (s *Server) serveSession(ctx context.Context, session *Session, requests <-chan *ssh.Request, limits Limits, hangUp func()) {
+func (s *Server) serveSession(ctx context.Context, session *Session, requests <-chan *ssh.Request, limits Limits, wide *stripes, hangUp func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer session.channel.Close()
 	tooSlow := time.AfterFunc(limits.Handshake, func() { session.channel.Close() })
 	defer tooSlow.Stop()
+	var dealt []*stripe
+	var unfit error
+	defer func() { wide.closeAll(dealt) }()
 
 	for req := range requests {
 		var handler Handler
 		switch req.Type {
+		case stripesRequest:
+			more, err := wide.named(req.Payload)
+			dealt = append(dealt, more...)
+			unfit = errors.Join(unfit, err)
 		case "exec":
 			line, err := payloadString(req.Payload)
 			if err == nil {
@@ -440,6 +458,17 @@ func (s *Server) serveSession(ctx context.Context, session *Session, requests <-
 		if req.WantReply {
 			req.Reply(true, nil)
 		}
+		if unfit != nil {
+			handler = func(context.Context, *Session) error { return unfit }
+		} else if len(dealt) > 0 {
+			from := []io.Reader{session.channel}
+			for _, one := range dealt {
+				from = append(from, one)
+			}
+			session.input = &joined{from: from}
+			// Who reads from a stripe must wake up as one who reads from the session does.
+			defer context.AfterFunc(ctx, func() { wide.closeAll(dealt) })()
+		}
 		go func() { // the peer's hang-up closes requests
 			ssh.DiscardRequests(requests)
 			cancel()
@@ -457,7 +486,7 @@ func (s *Server) run(ctx context.Context, cancel context.CancelFunc, handler Han
 		cancel()
 		ch.Close()
 	}}
-	session.Stdin = guard.reader(ch)
+	session.Stdin = guard.reader(session.input)
 	session.Stdout = guard.writer(ch)
 	session.Stderr = guard.writer(ch.Stderr())
 	// Closing a channel asks the peer to close it; reads and writes of this side

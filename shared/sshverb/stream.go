@@ -21,6 +21,7 @@ type Stream struct {
 	raw       io.Closer
 	release   func() bool
 	cancelled atomic.Bool // cut off by its context
+	wide      []*opening  // the stripes of its input
 	stderr    tail
 	status    int           // of the peer's exit; -1: it sent none
 	ended     chan struct{} // closed when the peer has closed the channel; guards the two above
@@ -29,17 +30,19 @@ type Stream struct {
 // Subsystem starts a subsystem ("sftp"). When ctx ends it is cut off. The caller
 // must Close the stream.
 func (c *Client) Subsystem(ctx context.Context, name string) (*Stream, error) {
-	return c.stream(ctx, name, "subsystem", name, true)
+	return c.stream(ctx, name, "subsystem", name, true, nil)
 }
 
 // stream opens a session and asks for what it is for; with answered it waits for
-// the peer's word that it has that.
-func (c *Client) stream(ctx context.Context, name, request, what string, answered bool) (*Stream, error) {
+// the peer's word that it has that. The stripes that its input is dealt over are closed
+// with it.
+func (c *Client) stream(ctx context.Context, name, request, what string, answered bool, wide []*opening) (*Stream, error) {
 	channel, requests, err := c.session()
 	if err != nil {
+		closeStripes(wide)
 		return nil, hint.Exit(hint.ExitUnreachable, fmt.Errorf("open a session for %s: %w", name, err))
 	}
-	s := &Stream{Channel: channel, name: name, raw: c.raw, status: -1, ended: make(chan struct{})}
+	s := &Stream{Channel: channel, name: name, raw: c.raw, wide: wide, status: -1, ended: make(chan struct{})}
 	var both sync.WaitGroup
 	both.Go(func() { io.Copy(&s.stderr, channel.Stderr()) })
 	both.Go(func() {
@@ -59,8 +62,14 @@ func (c *Client) stream(ctx context.Context, name, request, what string, answere
 		close(s.ended)
 	}()
 	s.release = context.AfterFunc(ctx, s.cut)
-	// RFC 4254 §6.5.
-	ok, err := channel.SendRequest(request, answered, ssh.Marshal(struct{ Value string }{what}))
+	if len(wide) > 0 {
+		_, err = channel.SendRequest(stripesRequest, false, nameStripes(wide))
+	}
+	ok := false
+	if err == nil {
+		// RFC 4254 §6.5.
+		ok, err = channel.SendRequest(request, answered, ssh.Marshal(struct{ Value string }{what}))
+	}
 	if err == nil && answered && !ok {
 		err = fmt.Errorf("the peer has no such %s", request)
 	}
@@ -75,6 +84,7 @@ func (c *Client) stream(ctx context.Context, name, request, what string, answere
 func (s *Stream) cut() {
 	s.cancelled.Store(true)
 	s.Channel.Close()
+	closeStripes(s.wide)
 	select {
 	case <-s.ended:
 	case <-time.After(closeGrace):
@@ -85,6 +95,7 @@ func (s *Stream) cut() {
 // Close ends the stream.
 func (s *Stream) Close() error {
 	s.release()
+	closeStripes(s.wide)
 	return s.Channel.Close()
 }
 
