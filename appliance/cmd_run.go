@@ -61,6 +61,9 @@ func checkCommand(env Env) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			for _, doubt := range cfg.History.Doubts() {
+				fmt.Fprintf(env.Stderr, "farkeep-appliance: %s: %s\n", args[0], doubt)
+			}
 			_, err = fmt.Fprintf(env.Stdout, "%s: the settings of %s, site %s, are in order\n", args[0], cfg.Name, cfg.Site)
 			return err
 		},

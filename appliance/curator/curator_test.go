@@ -437,6 +437,43 @@ func TestPerDayIsCountedOnTheDisk(t *testing.T) {
 	}
 }
 
+// TestPilesUp: whoever pushes more in a day than may go in one hears of it, before the
+// disk is full; a change of the rules that takes days is no alarm of a week.
+func TestPilesUp(t *testing.T) {
+	w := newWorld(t)
+	w.history.ExpirePerDay = 2
+	w.open()
+	told := 0
+	for day := range 12 {
+		for range 8 {
+			w.commit("photos", 10, generations.Good)
+			w.true = w.true.Add(3 * time.Hour)
+			w.mustPass()
+		}
+		if len(w.State().Frozen) > 0 && told == 0 {
+			told = day
+			w.wantFrozen("expire_per_day = 2 lets go 2 in 24 hours")
+		}
+	}
+	if told == 0 || w.State().FrozenSince.IsZero() {
+		t.Errorf("eight are pushed in a day and two go: told on day %d, since %v", told, w.State().FrozenSince)
+	}
+	// The operator raises it, and it is over.
+	w.history.ExpirePerDay = 48
+	w.open()
+	w.mustPass()
+	w.wantFrozen("")
+	// 0 was chosen.
+	w.history.ExpirePerDay = 0
+	w.open()
+	for range 40 {
+		w.commit("photos", 10, generations.Good)
+		w.true = w.true.Add(3 * time.Hour)
+	}
+	w.mustPass()
+	w.wantFrozen("")
+}
+
 func TestRejectedGoesAndMayComeBack(t *testing.T) {
 	w := newWorld(t)
 	w.history.FloorAge = settings.Duration(25 * time.Hour)

@@ -128,11 +128,15 @@ func (c *Curator) expire(ctx context.Context, repository string) (frozen []strin
 		}
 		c.mu.Lock()
 		rules := c.rules(repository)
+		perDay := rules.PerDay
 		rules.PerDay -= c.spent(repository)
 		c.mu.Unlock()
 		plan := retention.Plan(c.opt.Now(), rules, items)
 		next := slices.IndexFunc(plan, func(d retention.Decision) bool { return !d.Keep })
 		if next < 0 {
+			if why := piledUp(perDay, plan); why != "" {
+				frozen = append(frozen, repository+": "+why)
+			}
 			return frozen, nil
 		}
 		err = c.remove(ctx, repository, plan[next].Name, plan[next].Why)
@@ -145,6 +149,22 @@ func (c *Curator) expire(ctx context.Context, repository string) (frozen []strin
 			return nil, err
 		}
 	}
+}
+
+// piledUp says that more is due than expire_per_day lets go in a week, or "". After a
+// change of the rules that passes; where more is pushed in a day it never does. 0 was
+// chosen to let nothing go.
+func piledUp(perDay int, plan []retention.Decision) string {
+	due := 0
+	for _, d := range plan {
+		if d.Why == retention.WaitsForItsDay {
+			due++
+		}
+	}
+	if perDay <= 0 || due <= 7*perDay {
+		return ""
+	}
+	return fmt.Sprintf("%d generations are due, and expire_per_day = %d lets go %d in 24 hours", due, perDay, perDay)
 }
 
 // undecided says which generation waits for a decision, or "".

@@ -323,14 +323,16 @@ var catalogue = []entry{
 		},
 	},
 	{
-		kind: frozen, title: "has not expired anything for a week", clear: "expires generations again", wait: frozenAfter,
+		kind: frozen, title: "has not expired all that is due for a week", clear: "expires generations again", wait: frozenAfter,
 		meaning: []string{
 			"Old generations should have gone, and something forbids it; the reasons are above. Nothing is lost by it, but the disk fills.",
 			"A generation is suspect and nobody decided. The clock is in doubt and nobody accepted it.",
 			"A session with a restore or admin key reads generations day and night: a mount that was forgotten, or a key in the wrong hands.",
+			"More generations are pushed in a day than `expire_per_day` lets go in one, or the rules were made much shorter.",
 		},
 		todo: []string{
 			"Take away the reasons: decide about what is suspect, accept the time if it is right, end the session (docs/history.md).",
+			"Set `expire_per_day` above the number of pushes of a day (docs/retention.md), unless a change of the rules is just being carried out.",
 		},
 	},
 	{

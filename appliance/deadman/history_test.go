@@ -137,7 +137,7 @@ func TestHistorysAlarms(t *testing.T) {
 		},
 		"frozen": {
 			raise: func(k *status.Keeper) { k.FrozenSince, k.Frozen = t0, []string{"a session with the key laptop reads"} },
-			wait:  7 * day, title: "attic has not expired anything for a week", words: []string{"a session with the key laptop reads", "2026-11-22 08:00 UTC"},
+			wait:  7 * day, title: "attic has not expired all that is due for a week", words: []string{"a session with the key laptop reads", "2026-11-22 08:00 UTC"},
 			over: func(k *status.Keeper) { k.FrozenSince, k.Frozen = time.Time{}, nil }, clear: "attic expires generations again",
 		},
 		"clock": {

@@ -76,7 +76,7 @@ func (d *Dir) refresh(r *Report) error {
 			return err
 		}
 	}
-	r.Next = d.Missing()
+	r.Next = append(d.Missing(), d.Site().History.Doubts()...)
 	return nil
 }
 

@@ -212,6 +212,27 @@ func (h Settings) Mistake() (table, key string, n int, text string) {
 	return "", "", 0, ""
 }
 
+// Doubts says, each as a sentence for the operator, what is no mistake and will not
+// do what it looks like: rules that count hours, for whoever pushes each hour, with
+// fewer generations let go in a day than come.
+func (h Settings) Doubts() []string {
+	var all []string
+	doubt := func(table string, h Settings) {
+		const hours = 24
+		if h.Hourly != 0 && h.ExpirePerDay > 0 && h.ExpirePerDay < hours {
+			all = append(all, fmt.Sprintf("raise expire_per_day in %s if pushes come each hour, as hourly = %d looks like: %d are let go in a day, what else is due piles up until the disk is full; expire_per_day = %d does",
+				table, h.Hourly, h.ExpirePerDay, 2*hours))
+		}
+	}
+	doubt("[history]", h)
+	for _, r := range h.Repositories {
+		if r.Hourly != nil || r.ExpirePerDay != nil {
+			doubt(fmt.Sprintf("[[history.repository]] of %q", r.Name), h.with(r))
+		}
+	}
+	return all
+}
+
 func (h Settings) mistake() (key, text string) {
 	for _, length := range []struct {
 		key             string

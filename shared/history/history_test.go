@@ -57,6 +57,30 @@ func TestDefaultHistory(t *testing.T) {
 	}
 }
 
+// TestDoubts: who counts hours and lets eight go in a day is told so, for each
+// repository that it is true of.
+func TestDoubts(t *testing.T) {
+	for text, want := range map[string][]string{
+		"":                         nil,
+		"[history]\nhourly = 48\n": {"in [history] if pushes come each hour, as hourly = 48 looks like: 8 are let go in a day"},
+		"[history]\nhourly = -1\nexpire_per_day=48\n":            nil,
+		"[history]\nhourly = 48\nexpire_per_day=0\n":             nil,
+		"[[history.repository]]\nname = \"db-*\"\nhourly = 24\n": {`of "db-*"`},
+		"[history]\nhourly = 24\nexpire_per_day=50\n[[history.repository]]\nname = \"db\"\nexpire_per_day = 9\n[[history.repository]]\nname = \"x\"\nweekly = 9\n": {`of "db"`},
+	} {
+		got := parse(t, text).Doubts()
+		if len(got) != len(want) {
+			t.Errorf("%s\n%q, want %q", text, got, want)
+			continue
+		}
+		for i := range got {
+			if !strings.Contains(got[i], want[i]) {
+				t.Errorf("%s\n%q, want %q", text, got[i], want[i])
+			}
+		}
+	}
+}
+
 func TestHistoryOfOneRepository(t *testing.T) {
 	h := parse(t, `[[history.repository]]
 name = "photos-*"

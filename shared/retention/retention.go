@@ -52,6 +52,10 @@ const (
 	KeptCurrent = "current"
 )
 
+// WaitsForItsDay is why an item stays that no rule keeps any more: more went, or
+// goes, in these 24 hours than Rules.PerDay lets.
+const WaitsForItsDay = "expire_per_day"
+
 // Item is one generation.
 type Item struct {
 	Name      string
@@ -69,8 +73,7 @@ type Decision struct {
 	Keep bool
 	// Why it stays: what pins it, the rule as borg prune --list names it
 	// ("weekly #3", "yearly[oldest] #2"), "newest", "floor", "no commit time", or
-	// "expire_per_day" for what waits until more may go. Why it goes: "no rule" or
-	// "rejected".
+	// WaitsForItsDay. Why it goes: "no rule" or "rejected".
 	Why string
 	// Goes is when it goes if nothing new comes: now for what goes now, zero for
 	// what stays.
@@ -96,7 +99,7 @@ func Plan(now time.Time, r Rules, items []Item) []Decision {
 		if !e.until.After(now) {
 			d.Keep = d.Goes.IsZero() || d.Goes.After(now)
 			if d.Keep {
-				d.Why = "expire_per_day"
+				d.Why = WaitsForItsDay
 			}
 		}
 		decisions[i] = d
