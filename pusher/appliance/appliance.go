@@ -54,6 +54,11 @@ type Appliance struct {
 	client *sshverb.Client
 	// awake is when a verb last ended that found the disk open; zero: not known.
 	awake time.Time
+	// needs is how many bytes the push with this name lacks.
+	needs struct {
+		push  string
+		bytes int64
+	}
 }
 
 var (
@@ -199,7 +204,20 @@ func (a *Appliance) Offer(ctx context.Context, repository string, offer pushwire
 		return target.Answer{}, err
 	}
 	answer, err := a.offer(ctx, client, repository, offer, list)
+	a.mu.Lock()
+	a.needs.push, a.needs.bytes = answer.Push, answer.NeedBytes
+	a.mu.Unlock()
 	return answer, a.ended(client, err)
+}
+
+// needed is how many bytes a push lacks, by the answer to its offer; 0: not known.
+func (a *Appliance) needed(push string) int64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.needs.push != push {
+		return 0
+	}
+	return a.needs.bytes
 }
 
 func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repository string, offer pushwire.Offer, list target.List) (answer target.Answer, err error) {
@@ -217,6 +235,7 @@ func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repositor
 		// it says so in the answer.
 		d.Stdin.Write(list.Ahead)
 		d.Stdin.Close()
+		client.Widen(stripes(client.RoundTrip(), offer.Bytes))
 	}
 	if err := receive(d, r, &answer.OfferAnswer); err != nil {
 		return answer, err
@@ -236,6 +255,7 @@ func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repositor
 				return answer, err
 			}
 			d.Stdin.Close()
+			client.Widen(stripes(client.RoundTrip(), offer.Bytes))
 		}
 		answer.OfferAnswer = pushwire.OfferAnswer{}
 		if err := receive(d, r, &answer.OfferAnswer); err != nil {
@@ -283,7 +303,7 @@ func (a *Appliance) Finish(ctx context.Context, push string, write func(io.Write
 }
 
 func (a *Appliance) finish(ctx context.Context, client *sshverb.Client, push string, write func(io.Writer) error, end target.Ending) (done target.Finished, err error) {
-	d, err := client.Start(ctx, "upload "+push)
+	d, err := client.StartWide(ctx, "upload "+push, stripes(client.RoundTrip(), a.needed(push)))
 	if err != nil {
 		return done, err
 	}
