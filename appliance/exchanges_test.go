@@ -164,8 +164,8 @@ func TestRoundTripsOfAPush(t *testing.T) {
 		}
 		h.write(files)
 		changed := 0
-		// The session, the offer with the manifest, the upload, the commit, the heartbeat.
-		least(fmt.Sprintf("a push of %d files", n), bare.count+2*5+2*i, func(r *crossings) *crossings {
+		// The session, the offer with the manifest, the upload with commit and heartbeat.
+		least(fmt.Sprintf("a push of %d files", n), bare.count+2*3+2*i, func(r *crossings) *crossings {
 			changed++
 			h.write(map[string]string{"0001": fmt.Sprint("changed, ", changed)})
 			return through(r, func(to *appliance.Appliance) { h.to = to; h.push() })
