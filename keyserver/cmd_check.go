@@ -11,6 +11,7 @@ import (
 	"farkeep/keyserver/place"
 	"farkeep/keyserver/policy"
 	"farkeep/shared/hint"
+	"farkeep/shared/site"
 	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
@@ -23,7 +24,8 @@ func newCheckCmd(env *Env, where *places) *cobra.Command {
 		Use:   "check",
 		Short: "Check the configuration and the files, without serving",
 		Long: `Check site.toml, the host key, the keys and their modes, the state and the chain
-of the audit log. Nothing is changed, and nothing is sent but, with --mail, a test mail.`,
+of the audit log. Nothing is changed, and nothing is sent but, with --mail, a test mail,
+and to the other key servers, where they say where appliances are, that question.`,
 		Example: `  farkeep-keyserver check
   farkeep-keyserver check --mail
   farkeep-keyserver check --identity /root/keys.identity`,
@@ -44,10 +46,11 @@ of the audit log. Nothing is changed, and nothing is sent but, with --mail, a te
 			}
 			fmt.Fprintf(env.Stdout, "site: %s, %d appliances\n", s.Name, len(s.Appliances))
 			name := s.Home.Name
+			others := false
 			if _, me, err := where.self(s); err != nil {
 				complain(err)
 			} else {
-				name, s = me.Name, s.SeenBy(*me)
+				name, s, others = me.Name, s.SeenBy(*me), me.Place == site.PlaceOthers
 				fmt.Fprintf(env.Stdout, "key server: %s, at %s\n", me.Name, me.Address)
 			}
 			if err := keystore.CanLock(); err != nil {
@@ -98,7 +101,13 @@ of the audit log. Nothing is changed, and nothing is sent but, with --mail, a te
 				fmt.Fprintf(env.Stdout, "mail: by %s to %s\n", mail.Server, strings.Join(mail.To, ", "))
 			}
 			reader := place.NewReader(where.endpoints, func() (moment.Moment, error) { return moment.Now(env.Now) })
-			if text, err := checkEndpoints(s, reader); err != nil {
+			text, err := "", error(nil)
+			if others {
+				text, err = where.checkOthers(cmd.Context(), env, s)
+			} else {
+				text, err = checkEndpoints(s, reader)
+			}
+			if err != nil {
 				complain(err)
 			} else if text != "" {
 				fmt.Fprintln(env.Stdout, text)

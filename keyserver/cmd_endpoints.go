@@ -96,7 +96,33 @@ func checkEndpoints(s *site.Site, r *place.Reader) (string, error) {
 	}
 	if err != nil {
 		return "", hint.Because(fmt.Errorf("site.toml wants places judged, and the VPN's endpoints are not known: %w", err),
-			`start the service "farkeep-endpoints" (docs/keyserver.md), or set key_policy.place = "none"`)
+			`start the service "farkeep-endpoints" (docs/keyserver.md); where the VPN does not end on this machine, set place = "others" for this key server; or set key_policy.place = "none"`)
 	}
 	return fmt.Sprintf("endpoints: %v old", age.Round(time.Second)), nil
+}
+
+// checkOthers is what "check" says of the endpoints at a key server that asks the
+// others for them.
+func (p *places) checkOthers(ctx context.Context, env *Env, s *site.Site) (string, error) {
+	others, err := p.others(env, s)
+	if err != nil {
+		return "", err
+	}
+	for _, a := range s.Appliances {
+		if a.KeyPolicy.Place == site.PlaceNone || !a.VPNAddress.IsValid() {
+			continue
+		}
+		seen, err := others.Where(ctx, a.KeyPolicy.Place, a.VPNAddress)
+		switch {
+		case err != nil:
+			return "", hint.Because(fmt.Errorf("this key server asks the others where appliances are, and nobody answers: %w", err),
+				"see that serve and endpoints run there; until then no appliance with a place gets its key here")
+		case seen.Known():
+			return "endpoints: another key server tells them", nil
+		}
+	}
+	if !placed(s) {
+		return "", nil
+	}
+	return "endpoints: the other key servers answer, and have seen no appliance yet", nil
 }

@@ -73,8 +73,9 @@ func (h *house) serve(ctx context.Context, listen string) error {
 		return err
 	}
 	book := &orders.Book{Dir: h.where.state, Policy: policies, Audit: records, Now: now}
+	seenHere := h.seenHere(now)
 	others, err := peers.New(peers.Config{
-		Servers: h.site.KeyServers, HostKey: h.signer, State: h.where.state, Log: h.log, Now: h.env.Now,
+		Servers: h.site.KeyServers, HostKey: h.signer, State: h.where.state, Log: h.log, Now: h.env.Now, Place: seenHere,
 		Revoke: func(_ context.Context, from string, o peers.Order) (bool, error) { return h.revokeFor(book, from, o) },
 		Alarm: func(p peers.Pending) {
 			alerts.Raise(alert.Event{Kind: alert.RevocationNotDelivered, Appliance: p.Order.Appliance, Decision: "pending at " + p.Peer, Reason: p.Order.Reason})
@@ -87,7 +88,7 @@ func (h *house) serve(ctx context.Context, listen string) error {
 	counts := seen.metrics()
 	srv, err := server.New(server.Config{
 		Site: h.site, HostKey: h.signer, Keys: h.keys, Policy: policies, Audit: records, Log: h.log, Now: h.env.Now, Moment: now,
-		Peers: others, Alert: alerts.Raise, Place: h.placeOf(now),
+		Peers: others, Alert: alerts.Raise, Place: h.placeOf(seenHere, others),
 		Void:    func(name, fingerprint string) (bool, error) { return orders.IsVoid(h.where.state, name, fingerprint) },
 		Observe: observe(counts),
 	}, last)
@@ -182,14 +183,27 @@ func why(reason string) string {
 	return reason
 }
 
-// placeOf says where the VPN sees an appliance, by what "endpoints" wrote.
-func (h *house) placeOf(now func() (moment.Moment, error)) func(context.Context, site.Appliance, netip.Addr) place.Sighting {
-	reader := place.NewReader(h.where.endpoints, now)
+// look says where a VPN sees the peer with an address.
+type look = func(ctx context.Context, source string, from netip.Addr) (place.Sighting, error)
+
+// seenHere looks at what "endpoints" wrote; nil where the VPN does not end.
+func (h *house) seenHere(now func() (moment.Moment, error)) look {
+	if h.me.Place != "" {
+		return nil
+	}
+	return place.NewReader(h.where.endpoints, now).Look
+}
+
+// placeOf says where the VPN sees an appliance: here, or by the word of the others.
+func (h *house) placeOf(here look, others *peers.Peers) func(context.Context, site.Appliance, netip.Addr) place.Sighting {
+	if here == nil {
+		here = others.Where
+	}
 	return func(ctx context.Context, a site.Appliance, from netip.Addr) place.Sighting {
 		if a.KeyPolicy.Place == site.PlaceNone {
 			return place.Sighting{}
 		}
-		seen, err := reader.Look(ctx, a.KeyPolicy.Place, from)
+		seen, err := here(ctx, a.KeyPolicy.Place, from)
 		if err != nil {
 			h.log.Warn("the VPN does not say where peers are", "appliance", a.Name, "err", err)
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -16,11 +17,13 @@ import (
 	"time"
 
 	"farkeep/shared/hint"
+	"farkeep/shared/identity"
 	"farkeep/shared/keywire"
 	"farkeep/shared/sshverb"
 	"farkeep/shared/wgtest"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/crypto/ssh"
 	"golang.zx2c4.com/wireguard/conn"
 	wgdevice "golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun/netstack"
@@ -29,7 +32,7 @@ import (
 
 // TestPlaceByWireGuard moves an appliance from network to network, with a real
 // tunnel, a real "endpoints" and a real "serve": what comes from elsewhere waits
-// for a person.
+// for a person, at home's key server and at one that asks it.
 func TestPlaceByWireGuard(t *testing.T) {
 	if !namespace(t) {
 		return
@@ -60,7 +63,17 @@ func TestPlaceByWireGuard(t *testing.T) {
 	if !found || !placed || !keyed {
 		t.Fatalf("site.toml is not as it was when this test was written:\n%s", text)
 	}
-	k.check(os.WriteFile(path, []byte(before+"name = \"attic\""+strings.Join(lines, "")), 0o600))
+	// A second key server, in the cellar, is not where the tunnel ends.
+	private, public, err := identity.New("cellar")
+	k.check(err)
+	k.check(os.MkdirAll(filepath.Join(k.dir, "cellar", "keys"), 0o700))
+	k.check(os.WriteFile(filepath.Join(k.dir, "cellar", "ssh_host_key"), []byte(private.Reveal()), 0o600))
+	k.check(os.WriteFile(filepath.Join(k.dir, "cellar", "mail_password"), []byte("x\n"), 0o600))
+	k.check(os.WriteFile(filepath.Join(k.dir, "cellar", "keys", atticDisk+".key"), k.disk, 0o600))
+	site := before + "name = \"attic\"" + strings.Join(lines, "") +
+		fmt.Sprintf("\n[[key_server]]\nname = \"cellar\"\naddress = \"10.77.0.1:4023\"\nhost_key = %q\nplace = \"others\"\n", public)
+	site = strings.Replace(site, fmt.Sprintf("address = %q", k.address), "address = \"10.77.0.1:4022\"", 1)
+	k.check(os.WriteFile(path, []byte(site), 0o600))
 
 	// Home's end, and the addresses that the appliance's line will have.
 	lo, err := netlink.LinkByName("lo")
@@ -102,21 +115,32 @@ func TestPlaceByWireGuard(t *testing.T) {
 	endpoints.Stderr = t.Output()
 	k.check(endpoints.Start())
 	defer func() { endpoints.Process.Kill(); endpoints.Wait() }()
-	defer k.start(k.command("serve", "--listen", "10.77.0.1:4022", "--metrics", "", "--endpoints", seen))()
+	stopHome := k.start(k.command("serve", "--listen", "10.77.0.1:4022", "--metrics", "", "--endpoints", seen))
+	defer func() { stopHome() }()
+	atCellar := func(args ...string) *exec.Cmd {
+		cmd := exec.Command(program, append(args, "--site", "site.toml", "--secrets", "cellar", "--state", "cellar-state")...)
+		cmd.Dir = k.dir
+		return cmd
+	}
+	defer k.start(atCellar("serve", "--listen", "10.77.0.1:4023", "--metrics", "127.0.0.1:4024"))()
+	cellarSigner, err := identity.Signer(private)
+	k.check(err)
+	tokens := map[string]keywire.Token{}
 
-	ask := func(boot string) error {
+	askAt := func(port, boot string) error {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		c, err := sshverb.Dial(ctx, sshverb.Peer{
-			Address: "10.77.0.1:4022", User: "farkeep", Identity: k.attic, HostKey: k.host,
+			Address: "10.77.0.1:" + port, User: "farkeep", Identity: k.attic,
+			HostKey: map[string]ssh.PublicKey{"4022": k.host, "4023": cellarSigner.PublicKey()}[port],
 			DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 				return stack.DialContextTCPAddrPort(ctx, netip.MustParseAddrPort(address))
 			},
 		})
 		k.check(err)
 		defer c.Close()
-		r := keywire.Request{Verb: keywire.Key, UUID: atticDisk, Token: k.token, Claims: keywire.Claims{Boot: strings.Repeat(boot, 32)}}
+		r := keywire.Request{Verb: keywire.Key, UUID: atticDisk, Token: tokens[port], Claims: keywire.Claims{Boot: strings.Repeat(boot, 32)}}
 		d, err := c.Start(ctx, r.Line())
 		k.check(err)
 		d.Stdin.Close()
@@ -127,10 +151,11 @@ func TestPlaceByWireGuard(t *testing.T) {
 			t.Fatalf("%d bytes came with %v", len(out), err)
 		}
 		if token := keywire.ParseTokenLine(d.Stderr()); token != "" {
-			k.token = token
+			tokens[port] = token
 		}
 		return err
 	}
+	ask := func(boot string) error { t.Helper(); return askAt("4022", boot) }
 	order := func(args ...string) string {
 		t.Helper()
 		out, err := k.command(args...).CombinedOutput()
@@ -144,9 +169,21 @@ func TestPlaceByWireGuard(t *testing.T) {
 	if err := ask("a"); err != nil {
 		t.Fatalf("the first key: %v", err)
 	}
+	if err := askAt("4023", "a"); err != nil {
+		t.Fatalf("the first key of the cellar: %v", err)
+	}
 	moveTo("198.51.100.1")
 	if err := ask("b"); hint.Code(err) != hint.ExitRefused {
 		t.Fatalf("from elsewhere, started anew: %v", err)
+	}
+	if err := askAt("4023", "b"); hint.Code(err) != hint.ExitRefused {
+		t.Fatalf("from elsewhere, started anew, in the cellar: %v", err)
+	}
+	if out, err := atCellar("waiting").CombinedOutput(); err != nil || !strings.Contains(string(out), "198.51.100.1") || !strings.Contains(string(out), "another place than before") {
+		t.Errorf("the cellar's waiting: %v\n%s", err, out)
+	}
+	if out, err := atCellar("check").CombinedOutput(); !strings.Contains(string(out), "endpoints: another key server tells them") {
+		t.Errorf("the cellar's check: %v\n%s", err, out)
 	}
 	waiting, err := k.command("waiting").Output()
 	k.check(err)
@@ -165,6 +202,22 @@ func TestPlaceByWireGuard(t *testing.T) {
 	}
 	if out := order("audit"); !strings.Contains(out, "198.51.100.1 in 198.51.0.0/16") {
 		t.Errorf("the audit log does not say from where:\n%s", out)
+	}
+
+	// While nobody tells the cellar, it gives nothing, and says what is wrong.
+	stopHome()
+	stopHome = func() {}
+	if err := askAt("4023", "b"); hint.Code(err) != hint.ExitUnreachable {
+		t.Errorf("nobody tells the cellar: %v", err)
+	}
+	if out, err := atCellar("check").CombinedOutput(); hint.Code(err) == 0 || !strings.Contains(string(out), "nobody answers: ask the key server borg where 10.77.0.2 is") {
+		t.Errorf("the cellar's check: %v\n%s", err, out)
+	}
+	health, err := http.Get("http://127.0.0.1:4024/healthz")
+	k.check(err)
+	defer health.Body.Close()
+	if text, err := io.ReadAll(health.Body); err != nil || !strings.Contains(string(text), "endpoints") {
+		t.Errorf("the cellar's health: %q, %v", text, err)
 	}
 }
 

@@ -96,7 +96,10 @@ func (w *watch) look() metrics.Snapshot {
 		{Name: "keys", Err: errors.Join(keys...)},
 		{Name: "state", Err: errors.Join(state...)},
 	}
-	if places {
+	switch {
+	case places && w.house.me.Place == site.PlaceOthers:
+		s.Checks = append(s.Checks, metrics.Check{Name: "endpoints", Err: w.others.Blind()})
+	case places:
 		age, err := w.endpoints()
 		if err == nil && age > place.Stale {
 			err = fmt.Errorf("the VPN's endpoints are %v old: is farkeep-keyserver endpoints running?", age.Round(time.Second))

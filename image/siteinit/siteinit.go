@@ -465,7 +465,11 @@ func (d *Dir) AddKeyServer(name string, address netip.AddrPort) (*Report, error)
 		if err != nil {
 			return err
 		}
-		return doc.AddKeyServer(site.KeyServer{Name: name, Address: address.String(), HostKey: hostKey})
+		k := site.KeyServer{Name: name, Address: address.String(), HostKey: hostKey}
+		if home := doc.Site().Home; home.VPNKey != "" && address.Addr() != home.VPNAddress {
+			k.Place = site.PlaceOthers // the tunnels end at home: only there is it seen from where they come
+		}
+		return doc.AddKeyServer(k)
 	})
 }
 

@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	// Verb is the only thing that one key server may ask of another: to revoke an
+	// Verb is the only order that one key server may give another: to revoke an
 	// appliance. There is no verb that allows one.
 	Verb = "peer-revoke"
 	// MaxOrder bounds an order on the wire, in bytes.

@@ -1,8 +1,10 @@
 // Package peers keeps the key servers of a site alike in the one thing that
-// cannot wait: what is revoked on one is revoked on all.
+// cannot wait: what is revoked on one is revoked on all. And one that is not where
+// the VPN ends asks another where an appliance is ([Peers.Where]).
 //
 // A key server speaks to another as its own host key, and knows it by the host
-// key that site.toml pins. The only verb between them revokes; none allows. An
+// key that site.toml pins. One verb between them revokes, one asks for evidence; none
+// allows. An
 // order is durable before it is sent ([Peers.Queue]), is tried at once
 // ([Peers.Deliver]) and then, with back-off and jitter, until each of the others
 // has given a receipt for it ([Peers.Run]). The others are tried side by side, so that
@@ -20,10 +22,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"farkeep/keyserver/place"
 	"farkeep/shared/hint"
 	"farkeep/shared/identity"
 	"farkeep/shared/site"
@@ -48,6 +53,9 @@ type Config struct {
 	// for nobody. It must not block.
 	Alarm   func(Pending)
 	Lasting time.Duration // default 10m
+	// Place says where the VPN sees the peer with an address; nil where it cannot be
+	// seen from here, and the others are told of nobody.
+	Place func(ctx context.Context, source string, from netip.Addr) (place.Sighting, error)
 
 	Connect  time.Duration // TCP and SSH handshake with one peer; default 5s
 	Attempt  time.Duration // all orders for one peer, connect included; default 15s
@@ -65,6 +73,9 @@ type Peers struct {
 	peers []peer
 	queue queue
 	poke  map[string]chan struct{} // by peer: something new is pending
+
+	asking   map[string]chan struct{} // by peer: an entry for each question under way
+	whereErr atomic.Pointer[error]    // of the last Where
 }
 
 type peer struct {
@@ -85,7 +96,7 @@ func New(c Config) (*Peers, error) {
 	def(&c.Retry, 2*time.Second)
 	def(&c.RetryMax, 5*time.Minute)
 	def(&c.Poll, 10*time.Second)
-	p := &Peers{c: c, queue: queue{filepath.Join(c.State, "outgoing")}, poke: map[string]chan struct{}{}}
+	p := &Peers{c: c, queue: queue{filepath.Join(c.State, "outgoing")}, poke: map[string]chan struct{}{}, asking: map[string]chan struct{}{}}
 	own := c.HostKey.PublicKey().Marshal()
 	for _, s := range c.Servers {
 		key, err := identity.ParsePublic(s.HostKey)
@@ -98,6 +109,7 @@ func New(c Config) (*Peers, error) {
 		}
 		p.peers = append(p.peers, peer{s.Name, s.Address, key})
 		p.poke[s.Name] = make(chan struct{}, 1)
+		p.asking[s.Name] = make(chan struct{}, whereAtOnce)
 	}
 	return p, nil
 }
@@ -334,6 +346,9 @@ func (p *Peers) Authorise(key ssh.PublicKey) (name string, ok bool) {
 // Exec carries out what another key server asks. An order that is news here is
 // passed on to the rest: whoever gave it may not reach them, or may be gone soon.
 func (p *Peers) Exec(ctx context.Context, name string, session *sshverb.Session) error {
+	if session.Verb == PlaceVerb {
+		return p.tellWhere(ctx, session)
+	}
 	if session.Verb != Verb || p.c.Revoke == nil {
 		return &sshverb.Error{Code: hint.ExitUsage, Text: "key servers may ask nothing else", Hint: Verb + " NAME"}
 	}

@@ -42,6 +42,8 @@ const (
 	PlaceNone      = "none"
 	PlaceWireGuard = "wireguard"
 	PlaceTailscale = "tailscale"
+	// PlaceOthers is a value of KeyServer.Place only.
+	PlaceOthers = "others"
 )
 
 // Limits of a key policy.

@@ -77,8 +77,9 @@ type KeyServer struct {
 	Name    string `toml:"name"`
 	Address string `toml:"address"`  // host:port, as the appliances reach it
 	HostKey string `toml:"host_key"` // public, authorized_keys form
-	// Place is PlaceNone for one that is not where the VPN ends, and therefore cannot
-	// see from where an appliance comes; "": as each appliance's policy says.
+	// Place is PlaceOthers for one that is not where the VPN ends and asks the site's
+	// other key servers where an appliance is; PlaceNone for one that judges no places;
+	// "": it sees them itself.
 	Place string `toml:"place"`
 }
 

@@ -316,6 +316,8 @@ func TestMistakes(t *testing.T) {
 		{"no key server", `(?s)\[\[key_server\]\].*?\n\n`, "", "key_server.name: 1 to 16 key servers are needed, 0 are named"},
 		{"key server's address", `address = "10.77.0.1:4022"`, `¶address = "10.77.0.1"`, "key_server.address"},
 		{"key server's host key", `host_key = ".*server borg"`, `¶host_key = "x"`, "key_server.host_key"},
+		{"key server's place", `address = "10.77.0.1:4022"`, "address = \"10.77.0.1:4022\"\n¶place = \"home\"", `key_server.place: "home" is none of others (ask the other key servers where appliances are), none (judge no places)`},
+		{"nobody sees places", `address = "10.77.0.1:4022"`, "address = \"10.77.0.1:4022\"\n¶place = \"others\"", "key_server.place: no other key server sees places itself"},
 		{"appliance's name", `name = "attic"`, `¶name = "../attic"`, "appliance.name"},
 		{"board", `board = "pi4"`, `¶board = "pi5"`, `appliance.board: "pi5" is not a board: one of pi3, pi4`},
 		{"home's address taken", `vpn_address = "10.77.0.2"`, `¶vpn_address = "10.77.0.1"`, "appliance.vpn_address: home has it already"},

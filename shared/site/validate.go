@@ -73,7 +73,8 @@ func (s *Site) validate(v validator) {
 		names.take(v, k.Name, "another key server", "key_server", "name", i)
 		v.hostPort(k.Address, "key_server", "address", i)
 		v.publicKey(k.HostKey, "key_server", "host_key", i)
-		v.Check(k.Place == "" || k.Place == PlaceNone, "key_server", "place", i, "%q is not %q, for a key server that cannot see where appliances are", k.Place, PlaceNone)
+		v.Check(slices.Contains([]string{"", PlaceNone, PlaceOthers}, k.Place), "key_server", "place", i, "%q is none of %s (ask the other key servers where appliances are), %s (judge no places)", k.Place, PlaceOthers, PlaceNone)
+		v.Check(k.Place != PlaceOthers || slices.ContainsFunc(s.KeyServers, func(o KeyServer) bool { return o.Place == "" }), "key_server", "place", i, "no other key server sees places itself")
 	}
 	s.validateAppliances(v)
 	s.validatePushers(v)
