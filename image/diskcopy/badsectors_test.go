@@ -146,16 +146,13 @@ func oldImage(tb testing.TB) (image, tree string, photos []string, where places)
 			return err
 		}
 		rel, _ := filepath.Rel(folder, path)
-		if rel == "." {
-			return nil
-		}
 		info, err := e.Info()
 		if err != nil {
 			return err
 		}
 		blocks := extents(tb, path)
 		switch {
-		case rel == generations.GenerationsFolder, strings.HasPrefix(rel, "lost+found"):
+		case rel == ".", rel == generations.GenerationsFolder, strings.HasPrefix(rel, "lost+found"):
 		case e.IsDir():
 			where.folders[rel] = blocks
 		case len(blocks) > 0:
@@ -179,9 +176,9 @@ func oldImage(tb testing.TB) (image, tree string, photos []string, where places)
 		n, _ := strconv.ParseInt(string(m[1]), 10, 64)
 		where.inodes[asked[i]] = []int64{n}
 	}
-	// Without the folder of all generations nothing is to be found.
-	all := where.inodes[generations.GenerationsFolder]
-	maps.DeleteFunc(where.inodes, func(_ string, at []int64) bool { return at[0] == all[0] })
+	// Without these two folders nothing is to be found.
+	top, all := where.inodes["."], where.inodes[generations.GenerationsFolder]
+	maps.DeleteFunc(where.inodes, func(_ string, at []int64) bool { return at[0] == top[0] || at[0] == all[0] })
 	return image, tree, photos, where
 }
 
