@@ -114,7 +114,9 @@ func (d *Disk) Handle(_ context.Context, req localcall.Request, conn *localcall.
 	case VerbHold:
 		release, ok := d.Hold()
 		if !ok {
-			return hint.Because(fmt.Errorf("the disk is not open (%s)", d.Status().State), `"wake" opens it; try again when "status" says that it is mounted`)
+			// It passes: a push that hears this code wakes the disk and asks again.
+			err := hint.Because(fmt.Errorf("the disk is not open (%s)", d.Status().State), `"wake" opens it; try again when "status" says that it is mounted`)
+			return hint.Exit(hint.ExitUnreachable, err)
 		}
 		defer release()
 		if err := conn.Reply(none); err != nil {
