@@ -252,6 +252,94 @@ func TestPushOverSSH(t *testing.T) {
 	})
 }
 
+// packets is a line that is cut at one of the packets that go either way.
+type packets struct {
+	seen  atomic.Int64
+	cutAt atomic.Int64 // that one is lost, and all after it; 0: none
+}
+
+func (p *packets) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	c, err := (&net.Dialer{}).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return &packetConn{c, p}, nil
+}
+
+type packetConn struct {
+	net.Conn
+	line *packets
+}
+
+// pass counts a packet, and cuts the line in its place.
+func (c *packetConn) pass() error {
+	if c.line.seen.Add(1) == c.line.cutAt.Load() {
+		c.Conn.Close()
+		return net.ErrClosed
+	}
+	return nil
+}
+
+func (c *packetConn) Write(p []byte) (int, error) {
+	if err := c.pass(); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}
+
+func (c *packetConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err == nil {
+		err = c.pass()
+	}
+	if err != nil {
+		n = 0
+	}
+	return n, err
+}
+
+// A push that is cut behind its upload, wherever that is, makes one generation and one
+// heartbeat, and nobody is suspected of a lie.
+func TestCutsBehindAnUpload(t *testing.T) {
+	a := startAppliance(t, benchDir(t), program(t), "64m")
+	l := &packets{}
+	to := appliance.New(appliance.Config{
+		Name: "attic", Address: a.address(), HostKey: a.pinned(t), Identity: a.identity(t),
+		WakeWait: 20 * time.Second, Log: slog.New(slog.DiscardHandler), DialContext: l.dial,
+	})
+	defer to.Close()
+	must(t, to.Wake(t.Context()))
+	h := newHome(t, to)
+	night := 0
+	push := func() {
+		t.Helper()
+		night++
+		h.write(map[string]string{"a": fmt.Sprint("night ", night)})
+		if o := h.push(); !o.New {
+			t.Errorf("night %d: %+v", night, o)
+		}
+	}
+	push()
+	l.seen.Store(0)
+	push()
+	all := l.seen.Load()
+	for n := int64(1); n <= all; n++ {
+		l.seen.Store(0)
+		l.cutAt.Store(n)
+		push()
+	}
+	l.cutAt.Store(0)
+	if g := a.generations(t, "photos"); len(g) != night {
+		t.Errorf("%d generations of %d nights", len(g), night)
+	}
+	s, err := to.Status(t.Context())
+	must(t, err)
+	if len(s.Heartbeats) != 1 || len(s.Untrue) > 0 {
+		t.Errorf("heartbeats: %+v, not true: %+v", s.Heartbeats, s.Untrue)
+	}
+	t.Logf("%d packets of a push, each lost once", all)
+}
+
 func TestGenerationsAndVerifyOverSSH(t *testing.T) {
 	a := startAppliance(t, benchDir(t), program(t), "64m")
 	to := a.client(t, &line{})

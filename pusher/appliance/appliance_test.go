@@ -183,6 +183,68 @@ func TestRefusalInTheMiddleOfAnUpload(t *testing.T) {
 	}
 }
 
+// What follows an upload is one line, and its answers are lines. An appliance that
+// ends the verb after the upload is older, and did nothing else.
+func TestFinish(t *testing.T) {
+	const uploaded, committed = `{"files":1,"bytes":3,"took":1,"waited":1}` + "\n", `{"generation":"000001-x"}` + "\n"
+	tests := []struct {
+		name         string
+		answers      string
+		end          error
+		repositories int
+		wantCommit   bool
+		wantBeat     bool
+		wantErr      string
+		wantBeatErr  string
+	}{
+		{name: "all", answers: uploaded + committed + "{}\n", repositories: 1, wantCommit: true, wantBeat: true},
+		{name: "more repositories than a line holds", answers: uploaded + committed, repositories: 1000, wantCommit: true},
+		{name: "an older appliance", answers: uploaded, repositories: 1},
+		{name: "the upload is refused", end: sshverb.Refuse(nil, "a wrong file"), repositories: 1, wantErr: "a wrong file"},
+		{name: "the commit is refused", answers: uploaded, end: sshverb.Refuse(nil, "files are missing"), repositories: 1, wantErr: "files are missing"},
+		{name: "the heartbeat is refused", answers: uploaded + committed, end: sshverb.Refuse(nil, "not true"), repositories: 1, wantCommit: true, wantBeat: true, wantBeatErr: "not true"},
+		{name: "no word of the heartbeat", answers: uploaded + committed, repositories: 1, wantCommit: true, wantBeat: true, wantBeatErr: "without an answer"},
+		{name: "half an answer", answers: uploaded + committed[:9], repositories: 1, wantErr: "not an expected line"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got := make(chan string, 1)
+			a := start(t, func(_ context.Context, s *sshverb.Session) error {
+				all, err := io.ReadAll(s.Stdin)
+				if err != nil {
+					return err
+				}
+				got <- string(all)
+				io.WriteString(s.Stdout, tt.answers)
+				return tt.end
+			})
+			beat := pushwire.Heartbeat{Host: "home"}
+			for range tt.repositories {
+				beat.Repositories = append(beat.Repositories, pushwire.RepositoryDigest{Name: "photos", Digest: strings.Repeat("0", 64)})
+			}
+			done, err := a.Finish(t.Context(), "photos/1", func(w io.Writer) error {
+				_, err := io.WriteString(w, "the stream")
+				return err
+			}, target.Ending{
+				Commit:    func() bool { return true },
+				Heartbeat: func() pushwire.Heartbeat { return beat },
+				Uploaded:  func(pushwire.UploadAnswer) {},
+			})
+			said := func(err error, want string) bool {
+				return err == nil && want == "" || err != nil && want != "" && strings.Contains(err.Error(), want)
+			}
+			if !said(err, tt.wantErr) || !said(done.BeatErr, tt.wantBeatErr) || err == nil && ((done.Commit != nil) != tt.wantCommit || done.Beaten != tt.wantBeat) {
+				t.Errorf("got %+v, %v; want %+v", done, err, tt)
+			}
+			line, ok := strings.CutPrefix(<-got, "the stream")
+			var ending pushwire.Ending
+			if err := pushwire.ReadLine(pushwire.NewReader(strings.NewReader(line)), &ending); err != nil || !ok || ending.Commit != "photos/1" || (ending.Heartbeat != nil) != (tt.repositories == 1) {
+				t.Errorf("behind the stream came %.200q, %v", line, err)
+			}
+		})
+	}
+}
+
 func TestSourceErrorCutsTheUpload(t *testing.T) {
 	cut := make(chan error, 1)
 	a := start(t, func(ctx context.Context, s *sshverb.Session) error {

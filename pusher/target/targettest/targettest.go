@@ -264,6 +264,92 @@ func Run(t *testing.T, open func(t *testing.T) target.Target) {
 		deliver(t, to, "photos", home)
 	})
 
+	// Step by step or in one go, a push ends the same.
+	t.Run("Finish", func(t *testing.T) {
+		to := awake(t)
+		f, ok := to.(target.Finisher)
+		if !ok {
+			return // it is called step by step, which the others test
+		}
+		type ended struct {
+			target.Finished
+			uploaded int64 // files, as the upload's answer says; -1: there was none
+		}
+		finish := func(tr tree, commit bool, write func(*push, io.Writer) error, beat func(*pushwire.Heartbeat)) (p *push, e ended, err error) {
+			t.Helper()
+			p, e.uploaded = offer(t, to, "photos", tr), -1
+			if p.Answer.Answer != pushwire.AnswerSend {
+				t.Fatalf("answer %q", p.Answer.Answer)
+			}
+			wrote := false
+			end := target.Ending{
+				Commit: func() bool {
+					if !wrote || e.uploaded >= 0 {
+						t.Error("asked for the commit before the last byte went out, or after the answer to it")
+					}
+					return commit
+				},
+				Uploaded: func(got pushwire.UploadAnswer) { e.uploaded = got.Files },
+			}
+			if beat != nil {
+				end.Heartbeat = func() pushwire.Heartbeat {
+					o, _, _ := tr.list(t)
+					h := pushwire.Heartbeat{Host: "home", At: time.Now().UTC(), Repositories: []pushwire.RepositoryDigest{{Name: "photos", Digest: o.Digest}}}
+					beat(&h)
+					return h
+				}
+			}
+			e.Finished, err = f.Finish(t.Context(), p.Push, func(w io.Writer) error {
+				wrote = true
+				return write(p, w)
+			}, end)
+			return p, e, err
+		}
+		whole := func(p *push, w io.Writer) error { return p.write(w, right) }
+		nothing := func(_ *push, w io.Writer) error { return recipe.NewEncoder(w).Close() }
+		honest := func(*pushwire.Heartbeat) {}
+
+		_, e, err := finish(home, true, whole, honest)
+		if err != nil || e.uploaded != 3 || e.Commit == nil || e.Commit.Generation == "" || !e.Beaten || e.BeatErr != nil {
+			t.Fatalf("all in one: %+v, %v", e, err)
+		}
+		if again := offer(t, to, "photos", home); again.Answer.Answer != pushwire.AnswerSame || again.Generation != e.Commit.Generation {
+			t.Errorf("after all in one: %+v", again.OfferAnswer)
+		}
+		if _, e, err = finish(tree{"a": "one"}, true, nothing, nil); err != nil || e.uploaded != 0 || e.Commit == nil || e.Beaten {
+			t.Errorf("nothing to upload, and no heartbeat: %+v, %v", e, err)
+		}
+		_, e, err = finish(home, true, whole, func(h *pushwire.Heartbeat) { h.Repositories[0].Digest = manifest.Sum{}.String() })
+		if err != nil || e.Commit == nil || !e.Beaten || e.BeatErr == nil || target.Temporary(e.BeatErr) {
+			t.Errorf("a heartbeat that is not true: %+v, %v", e, err)
+		}
+
+		// What is refused changes nothing, and the next goes on as if it had not been.
+		last := e.Commit.Generation
+		next := tree{"a": "another", "b": "two"}
+		p, e, err := finish(next, false, whole, honest)
+		if err != nil || e.uploaded != 1 || e.Commit != nil || e.Beaten {
+			t.Errorf("no commit: %+v, %v", e, err)
+		}
+		if c, err := to.Commit(t.Context(), p.Push); err != nil || c.Generation == last {
+			t.Errorf("a commit by itself after that: %+v, %v", c, err)
+		}
+		ours := errors.New("ours")
+		if _, e, err = finish(home, true, func(*push, io.Writer) error { return ours }, honest); !errors.Is(err, ours) || e.Commit != nil {
+			t.Errorf("an error of the writer: %+v, %v", e, err)
+		}
+		if _, e, err = finish(home, true, nothing, honest); err == nil || target.Temporary(err) || e.uploaded != 0 || e.Commit != nil {
+			t.Errorf("a commit of what was not uploaded: %+v, %v", e, err)
+		}
+		wrong := func(p *push, w io.Writer) error {
+			return p.write(w, func(_, right string) string { return right + "!" })
+		}
+		if _, e, err = finish(home, true, wrong, honest); err == nil || target.Temporary(err) || e.uploaded != -1 || e.Commit != nil {
+			t.Errorf("wrong content: %+v, %v", e, err)
+		}
+		deliver(t, to, "photos", home)
+	})
+
 	t.Run("Abort", func(t *testing.T) {
 		to := awake(t)
 		p := offer(t, to, "photos", home)
