@@ -1,9 +1,9 @@
 // Package target says what the pusher needs of a place that keeps generations:
 // an appliance, or a local folder.
 //
-// A push is Offer, then, unless the answer is "same", Upload and Commit. Until
-// Commit returns nil nothing has changed for a reader of the target; after it
-// the new generation is durable. Every operation may be repeated: an offer that
+// A push is Offer, then, unless the answer is "same", Upload and Commit, which a
+// [Finisher] takes in one. Until Commit returns nil nothing has changed for a reader
+// of the target; after it the new generation is durable. Every operation may be repeated: an offer that
 // was cut is offered again, and the answer then asks only for what is still
 // missing; a commit that was cut is committed again and names the same generation.
 //
