@@ -27,9 +27,9 @@ func newDrillCmd(env *Env) *cobra.Command {
 		Use:   "drill",
 		Short: "Rehearse a recovery on the real site, without touching a disk",
 		Long: `Rehearse a recovery, from the operator's laptop: check the bundle, open each header in
-it with its recovery key, and of each repository fetch files drawn by lot over the line,
-with the restore key, and compare them with the sums that were taken at the source. The
-appliances open their disks for it and close them again.
+it with its recovery key, and of each repository's newest and oldest generation fetch
+files drawn by lot over the line, with the restore key, and compare them with the sums
+that were taken at the source. The appliances open their disks for it and close them again.
 
 When all is well the date goes into site.toml, [bundle] drilled; status warns
 when the last drill is long ago. The commands of the runbook themselves are run by

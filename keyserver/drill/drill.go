@@ -1,6 +1,6 @@
 // Package drill rehearses a recovery on a real site, without touching a disk: the
 // bundle is checked, each header in it is opened with its recovery key, and of each
-// repository files drawn by lot are fetched over the line with the restore key and
+// repository's newest and oldest generation files drawn by lot are fetched over the line with the restore key and
 // compared with the sums that were taken at the source.
 //
 // What it cannot show is that the commands of the runbook work on somebody's
@@ -14,7 +14,7 @@ package drill
 
 import (
 	"bufio"
-	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,6 +24,7 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/pkg/sftp"
@@ -53,7 +54,7 @@ type Config struct {
 	Folder     string // of the site, to compare the bundle with
 	Bundle     *bundle.Contents
 	RestoreKey ssh.Signer
-	Sample     int64             // bytes to fetch of each repository at most; the smallest file is fetched in any case
+	Sample     int64             // bytes to fetch of each repository at most; the smallest file of a generation is fetched in any case
 	Addresses  map[string]string // host:port by appliance, instead of what the site says
 	Random     *rand.Rand
 	Said       func(Step) // called after every step; may be nil
@@ -160,13 +161,6 @@ func (c *Config) appliance(ctx context.Context, a *site.Appliance, r *Report, li
 		live[a.LUKS] = d
 	}
 	c.Said(Step{a.Name + ": disk open", time.Since(began), ""})
-	newest, err := newestGood(ctx, client)
-	if err != nil {
-		return fmt.Errorf("list its generations: %w", err)
-	}
-	if len(newest) == 0 {
-		return hint.Because(errors.New("it holds no generation that is not suspect"), "push to it")
-	}
 	stream, err := client.Subsystem(ctx, "sftp")
 	if err != nil {
 		return err
@@ -177,9 +171,21 @@ func (c *Config) appliance(ctx context.Context, a *site.Appliance, r *Report, li
 		return hint.Exit(hint.ExitUnreachable, fmt.Errorf("start sftp: %w", err))
 	}
 	defer files.Close()
-	for _, g := range newest {
+	// Not before: while the session above lasts nothing that is listed expires.
+	ends, err := goodEnds(ctx, client)
+	if err != nil {
+		return fmt.Errorf("list its generations: %w", err)
+	}
+	if len(ends) == 0 {
+		return hint.Because(errors.New("it holds no generation that is not suspect"), "push to it")
+	}
+	of := map[string]int64{}
+	for _, g := range ends {
+		of[g.Repository]++
+	}
+	for _, g := range ends {
 		began := time.Now()
-		n, bytes, err := c.sample(files, g)
+		n, bytes, err := c.sample(files, g, c.Sample/of[g.Repository])
 		r.Files, r.Bytes = r.Files+n, r.Bytes+bytes
 		if err != nil {
 			if ctx.Err() != nil {
@@ -195,9 +201,10 @@ func (c *Config) appliance(ctx context.Context, a *site.Appliance, r *Report, li
 
 var generationName = regexp.MustCompile(`^[0-9]{6,}-[0-9]{8}T[0-9]{6}Z$`)
 
-// newestGood lists the newest generation of each repository in which nothing is odd,
-// as the runbook takes it.
-func newestGood(ctx context.Context, client *sshverb.Client) ([]pushwire.Generation, error) {
+// goodEnds lists of each repository the newest generation in which nothing is odd, as
+// the runbook takes it, and the oldest, if that is another: it is kept the longest, and
+// nobody else looks into it.
+func goodEnds(ctx context.Context, client *sshverb.Client) ([]pushwire.Generation, error) {
 	d, err := client.Start(ctx, "generations")
 	if err != nil {
 		return nil, err
@@ -205,7 +212,7 @@ func newestGood(ctx context.Context, client *sshverb.Client) ([]pushwire.Generat
 	defer d.Close()
 	d.Stdin.Close()
 	lines := pushwire.NewReader(d.Stdout)
-	newest := map[string]pushwire.Generation{}
+	newest, oldest := map[string]pushwire.Generation{}, map[string]pushwire.Generation{}
 	for n := 0; ; n++ {
 		var g pushwire.Generation
 		err := pushwire.ReadLine(lines, &g)
@@ -218,25 +225,37 @@ func newestGood(ctx context.Context, client *sshverb.Client) ([]pushwire.Generat
 		if n == maxGenerations || !generationName.MatchString(g.Name) || pushwire.CheckRepository(g.Repository) != nil {
 			return nil, errors.New("the answer is no list of generations")
 		}
-		if !g.Suspect && g.Name > newest[g.Repository].Name {
+		if g.Suspect {
+			continue
+		}
+		if g.Name > newest[g.Repository].Name {
 			newest[g.Repository] = g
+		}
+		if first := oldest[g.Repository].Name; first == "" || g.Name < first {
+			oldest[g.Repository] = g
 		}
 	}
 	if err := d.Wait(); err != nil {
 		return nil, err
 	}
 	var all []pushwire.Generation
-	for _, g := range newest {
+	for repository, g := range newest {
 		all = append(all, g)
+		if first := oldest[repository]; first.Name != g.Name {
+			all = append(all, first)
+		}
 	}
-	slices.SortFunc(all, func(a, b pushwire.Generation) int { return bytes.Compare([]byte(a.Repository), []byte(b.Repository)) })
+	slices.SortFunc(all, func(a, b pushwire.Generation) int {
+		return cmp.Or(strings.Compare(a.Repository, b.Repository), -strings.Compare(a.Name, b.Name))
+	})
 	return all, nil
 }
 
-// sample fetches files of a generation and compares their sums.
-func (c *Config) sample(files *sftp.Client, g pushwire.Generation) (n int, fetched int64, err error) {
+// sample fetches files of a generation, at most so many bytes but one file in any case,
+// and compares their sums.
+func (c *Config) sample(files *sftp.Client, g pushwire.Generation, most int64) (n int, fetched int64, err error) {
 	top := "/" + g.Repository + "/" + g.Name
-	chosen, err := c.draw(files, top, g.Digest)
+	chosen, err := c.draw(files, top, g.Digest, most)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -264,7 +283,7 @@ func (c *Config) sample(files *sftp.Client, g pushwire.Generation) (n int, fetch
 // draw chooses files by lot from the generation's list: as many as fit into the
 // sample, and in any case the smallest. The list must have the digest that the
 // appliance's keeper gave.
-func (c *Config) draw(files *sftp.Client, top, digest string) ([]manifest.Entry, error) {
+func (c *Config) draw(files *sftp.Client, top, digest string, most int64) ([]manifest.Entry, error) {
 	f, err := files.Open(top + "/MANIFEST")
 	if err != nil {
 		return nil, fmt.Errorf("its list of files: %w", err)
@@ -288,7 +307,7 @@ func (c *Config) draw(files *sftp.Client, top, digest string) ([]manifest.Entry,
 		if e.Size > 0 && (smallest.Path == "" || e.Size < smallest.Size) {
 			smallest = e
 		}
-		if e.Size > c.Sample {
+		if e.Size > most {
 			continue
 		}
 		if fitting++; len(pool) < maxSampled {
@@ -302,7 +321,7 @@ func (c *Config) draw(files *sftp.Client, top, digest string) ([]manifest.Entry,
 	}
 	c.Random.Shuffle(len(pool), func(i, j int) { pool[i], pool[j] = pool[j], pool[i] })
 	var chosen []manifest.Entry
-	left := c.Sample
+	left := most
 	for _, e := range pool {
 		if e.Size <= left {
 			chosen, left = append(chosen, e), left-e.Size

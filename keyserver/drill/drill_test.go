@@ -162,11 +162,11 @@ func TestSamplesWhatIsGood(t *testing.T) {
 	if live[luks] != v.header {
 		t.Errorf("live headers: %v", live)
 	}
-	// Of photos as many as fit; of letters the empty one fits.
-	if r.Files < 10 || r.Files > maxSampled+1 || r.Bytes > 3000 || r.Bytes < 2000 {
+	// Of photos as many as fit into half, and what there is of the oldest; of letters the empty one fits.
+	if r.Files < 6 || r.Files > maxSampled+2 || r.Bytes > 1503 || r.Bytes < 1000 {
 		t.Errorf("sampled %d files, %d bytes", r.Files, r.Bytes)
 	}
-	if len(steps) != 3 || steps[1].What != "attic: letters" || !strings.Contains(steps[2].Detail, "000002-") {
+	if len(steps) != 4 || steps[1].What != "attic: letters" || !strings.Contains(steps[2].Detail, "000002-") || !strings.Contains(steps[3].Detail, "000001-") {
 		t.Errorf("steps %+v", steps)
 	}
 }
@@ -204,6 +204,22 @@ func TestFindsWhatIsNotAsAtTheSource(t *testing.T) {
 				t.Errorf("%v, problems %v; want %q", err, r.Problems, tt.want)
 			}
 		})
+	}
+}
+
+// TestOldestIsRehearsedToo: what is kept the longest is found when it is not what it was.
+func TestOldestIsRehearsedToo(t *testing.T) {
+	v := newVault()
+	old := v.add(t, "photos", "000001-20190101T000000Z", false, map[string]string{"a": "of 2019"})
+	v.add(t, "photos", "000400-20260101T000000Z", false, map[string]string{"a": "between"})
+	v.add(t, "photos", "000401-20260102T000000Z", false, map[string]string{"a": "of today"})
+	if r, _, _, err := drilled(t, v, 1000); err != nil || !r.Passed() || r.Files != 2 {
+		t.Errorf("%v, %+v", err, r)
+	}
+	v.files[old+"/files/a"] = []byte("of 2O19")
+	r, _, _, err := drilled(t, v, 1000)
+	if err != nil || r.Passed() || len(r.Problems) != 1 || !strings.Contains(r.Problems[0].Error(), "000001-20190101T000000Z") {
+		t.Errorf("%v, problems %v", err, r.Problems)
 	}
 }
 
