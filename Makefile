@@ -8,7 +8,7 @@ KILLS    ?= 500
 CUTS     ?= 50
 NEEDS    := qemu-system-arm qemu-system-x86 mmdebstrap borgbackup rsync openssh-client openssh-server cryptsetup-bin \
             fuse3 python3-pyfuse3 e2fsprogs dosfstools mtools kmod xz-utils wireguard-tools nftables iproute2 systemd \
-            rclone restic age zbar-tools gddrescue ssh-audit
+            rclone restic age zbar-tools gddrescue ssh-audit swtpm tpm2-tools
 
 .PHONY: help all tools demo test test-fast lint bench bench-parts fuzz image simulate torture needs clean
 

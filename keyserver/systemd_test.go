@@ -15,13 +15,13 @@ import (
 )
 
 // TestUnderSystemd: systemd itself, as the first process of a namespace of its own,
-// runs the service as a user who is not root and hands it the identity, once as it
-// is and once encrypted by systemd-creds with the machine's key, which is where a TPM
-// would come in; and stock ssh gets the key that was sealed.
+// runs the service as a user who is not root and hands it the identity: as it is,
+// encrypted by systemd-creds with the machine's key, and sealed to a TPM, which is
+// emulated; and stock ssh gets the key that was sealed.
 func TestUnderSystemd(t *testing.T) {
-	for _, tool := range []string{"systemd-creds", "unshare", "ssh"} {
+	for _, tool := range []string{"systemd-creds", "unshare", "ssh", "swtpm", "tpm2"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Fatalf("%s is missing: apt install systemd util-linux openssh-client", tool)
+			t.Fatalf("%s is missing: apt install systemd util-linux openssh-client swtpm tpm2-tools", tool)
 		}
 	}
 	here, err := exec.LookPath(program)
@@ -32,9 +32,17 @@ func TestUnderSystemd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, load := range []string{"LoadCredential", "LoadCredentialEncrypted"} {
+	for _, load := range []string{"LoadCredential", "LoadCredentialEncrypted", tpm} {
 		t.Run(load, func(t *testing.T) {
 			s := newTestSite(t)
+			credential, encrypt := "/run/keys.credential", "cp "+s.path("identity")+" /run/keys.credential"
+			switch load {
+			case "LoadCredentialEncrypted":
+				encrypt = "systemd-creds --with-key=host --name=keys encrypt " + s.path("identity") + " " + credential
+			case tpm:
+				load, credential = "LoadCredentialEncrypted", s.path("keys.credential")
+				encrypt = "export SYSTEMD_TPM2_DEVICE=" + emulateTPM(t) + "\nsystemd-creds --with-key=tpm2 --name=keys encrypt " + s.path("identity") + " " + credential
+			}
 			s.do(t, "add", atticDisk, "--key-file", s.path("disk.key"))
 			s.do(t, "seal", "--new-identity", s.path("identity"))
 			me := s.path(program) // where the service's user can reach it
@@ -65,11 +73,7 @@ LimitMEMLOCK=8M
 ExecStart=%s serve --identity-credential keys --site %s --secrets %s --state %s
 StandardOutput=append:%s
 StandardError=append:%s
-`, nobody, load, "/run/keys.credential", me, s.path("site.toml"), s.path("secrets"), s.path("state"), s.path("log"), s.path("log"))
-			encrypt := "cp " + s.path("identity") + " /run/keys.credential"
-			if load == "LoadCredentialEncrypted" {
-				encrypt = "systemd-creds --with-key=host --name=keys encrypt " + s.path("identity") + " /run/keys.credential"
-			}
+`, nobody, load, credential, me, s.path("site.toml"), s.path("secrets"), s.path("state"), s.path("log"), s.path("log"))
 			runSystemd(t, s, unit, encrypt)
 
 			out, err := exec.Command("ssh", "-F", s.path("ssh_config"), "-i", s.path("id/attic"), "ks", "key", atticDisk).Output()
@@ -77,11 +81,60 @@ StandardError=append:%s
 			if err != nil || readErr != nil || !bytes.Equal(out, key) {
 				t.Errorf("ssh: %d bytes, %v, %v\n%s", len(out), err, readErr, s.read("log"))
 			}
+			if !strings.HasSuffix(t.Name(), tpm) {
+				return
+			}
+			// Whoever has the disk and another machine's TPM has nothing.
+			other := exec.Command("systemd-creds", "--name=keys", "decrypt", credential, "-")
+			other.Env = append(os.Environ(), "SYSTEMD_TPM2_DEVICE="+emulateTPM(t))
+			if out, err := other.Output(); err == nil || len(out) > 0 {
+				t.Errorf("another TPM opens the credential: %d bytes, %v", len(out), err)
+			}
 		})
 	}
 }
 
-const nobody = 65534
+const (
+	nobody = 65534
+	tpm    = "LoadCredentialEncrypted_by_a_TPM"
+)
+
+// emulateTPM starts a TPM 2 that was never used before, until the test ends, and returns
+// what systemd calls it (SYSTEMD_TPM2_DEVICE: a transport of tpm2-tss, and its address).
+func emulateTPM(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tpm") // a socket's path is 107 bytes long at most
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s")
+	cmd := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+dir, "--flags", "not-need-init,startup-clear",
+		"--server", "type=unixio,path="+socket, "--ctrl", "type=unixio,path="+socket+".ctrl")
+	said := &log{}
+	cmd.Stdout, cmd.Stderr = said, said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { cmd.Wait(); close(ended) }()
+	t.Cleanup(func() { cmd.Process.Kill(); <-ended })
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		_, data := os.Stat(socket)
+		_, control := os.Stat(socket + ".ctrl")
+		if data == nil && control == nil {
+			return "swtpm:path=" + socket
+		}
+		select {
+		case <-ended:
+			t.Fatalf("swtpm ended: %s", said)
+		default:
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("swtpm does not listen: %s", said)
+		}
+	}
+}
 
 func (s *aSite) read(name string) string {
 	text, err := os.ReadFile(s.path(name))
