@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"farkeep/keyserver/orders"
+	"farkeep/shared/mountnstest"
 	"farkeep/shared/site"
 	"farkeep/shared/wgtest"
 
@@ -26,7 +27,7 @@ func namespace(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(inNamespace) == t.Name() {
 		for _, err := range []error{
-			syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""),
+			mountnstest.Private(),
 			// wg and wgctrl look for sockets in /var/run/wireguard.
 			syscall.Mount("run", "/run", "tmpfs", 0, ""),
 		} {
@@ -36,7 +37,7 @@ func namespace(t *testing.T) bool {
 		}
 		return true
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=60s")
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=10m")
 	cmd.Env = append(os.Environ(), inNamespace+"="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	if out, err := cmd.CombinedOutput(); err != nil {

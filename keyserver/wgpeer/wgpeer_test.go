@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 
+	"farkeep/shared/mountnstest"
 	"farkeep/shared/wgtest"
 
 	"github.com/google/go-cmp/cmp"
@@ -24,7 +25,7 @@ const inside = "FARKEEP_TEST_NETNS"
 func TestMain(m *testing.M) {
 	if os.Getenv(inside) != "" {
 		for _, err := range []error{
-			syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""),
+			mountnstest.Private(),
 			// wg and wgctrl look for sockets in /var/run/wireguard.
 			syscall.Mount("run", "/run", "tmpfs", 0, ""),
 		} {

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 
+	"farkeep/shared/mountnstest"
+
 	"github.com/vishvananda/netlink"
 )
 
@@ -46,8 +48,7 @@ func Main(m *testing.M) int {
 }
 
 func prepare() error {
-	// Mounts made here must not reach the machine.
-	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
+	if err := mountnstest.Private(); err != nil {
 		return err
 	}
 	lo, err := netlink.LinkByName("lo")
