@@ -288,6 +288,21 @@ func tool(tb testing.TB, pkg, name string, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
+// unmount unmounts an image that "mount -o loop" has mounted, and waits until the
+// kernel has let go of it: a process that began a mount namespace in the meantime, as
+// tests of other packages do, holds it a moment longer.
+func unmount(t *testing.T, disk, image string) {
+	t.Helper()
+	if err := unix.Unmount(disk, 0); err != nil {
+		t.Fatal("unmount: ", err)
+	}
+	for limit := time.Now().Add(2 * time.Minute); tool(t, "mount", "losetup", "--associated", image) != ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("%s is unmounted, and yet the kernel holds it", image)
+		}
+	}
+}
+
 // A power cut leaves what had reached the disk at that instant, and no more. The
 // disk here is an ext4 image behind a loop device. The pushing process is
 // stopped, and the image is copied while nothing is written to it, which the
@@ -368,7 +383,7 @@ func cutPower(t *testing.T, cuts int, await string, env []string, check func(ima
 			t.Fatal(err)
 		}
 		said = append(said, c.said()...)
-		copied := filepath.Join(dir, "copy")
+		copied := filepath.Join(dir, fmt.Sprint("copy-", i)) // never one that somebody might still hold
 		for before := ""; before == "" || before == "busy" || before != writes(); {
 			before = writes()
 			tool(t, "coreutils", "cp", "--sparse=always", image, copied)
@@ -376,6 +391,9 @@ func cutPower(t *testing.T, cuts int, await string, env []string, check func(ima
 		check(copied, said)
 		if t.Failed() {
 			break
+		}
+		if err := os.Remove(copied); err != nil {
+			t.Fatal(err)
 		}
 		if err := c.cmd.Process.Signal(unix.SIGCONT); err != nil {
 			t.Fatal(err)
@@ -414,9 +432,7 @@ func afterCut(t *testing.T, image string, said []string) (last int64, kept bool)
 	}
 	tx.Close()
 	s.Close()
-	if err := unix.Unmount(disk, 0); err != nil {
-		t.Fatal("unmount: ", err)
-	}
+	unmount(t, disk, image)
 	mounted = false
 	tool(t, "e2fsprogs", "e2fsck", "-fn", image)
 	return last, kept

@@ -182,9 +182,7 @@ func TestExpiryPowerCut(t *testing.T) {
 			within++
 		}
 		n = checkExpiry(t, disk, said)
-		if err := unix.Unmount(disk, 0); err != nil {
-			t.Fatal("unmount: ", err)
-		}
+		unmount(t, disk, image)
 		mounted = false
 		tool(t, "e2fsprogs", "e2fsck", "-fn", image)
 	})
