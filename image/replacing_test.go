@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/image/freeport"
 	"farkeep/shared/runsteps"
 	"farkeep/shared/site"
 )
@@ -89,11 +90,9 @@ farkeep-image disk prepare dev/sdb --dir my-site --appliance attic --size-for 1T
 
 func (r *replacing) freePort() string {
 	r.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.TCP()
 	r.check(err)
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	r.check(errors.Join(err, l.Close()))
-	return port
+	return fmt.Sprint(port)
 }
 
 func (r *replacing) check(err error) {

@@ -75,7 +75,7 @@ func (a *Appliance) sshOptions(identity, portFlag string) ([]string, error) {
 		return nil, err
 	}
 	return []string{"-F", "none", "-i", filepath.Join(a.stage.Site, identity), portFlag, port,
-		"-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "UserKnownHostsFile=" + known}, nil
+		"-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "ConnectTimeout=60", "-o", "UserKnownHostsFile=" + known}, nil
 }
 
 // Status asks the appliance how it is, with the pusher's key.

@@ -37,7 +37,7 @@ func start(cmd *exec.Cmd, log string) (*process, error) {
 
 // awaitPort waits until the process listens on address.
 func (p *process) awaitPort(ctx context.Context, address string) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
 		var d net.Dialer
@@ -64,9 +64,9 @@ func (p *process) stop() error {
 	select {
 	case <-p.done:
 		return nil
-	case <-time.After(15 * time.Second):
+	case <-time.After(time.Minute):
 		p.cmd.Process.Kill()
 		<-p.done
-		return fmt.Errorf("%s did not end within 15 s of SIGTERM", p.cmd.Path)
+		return fmt.Errorf("%s did not end within a minute of SIGTERM", p.cmd.Path)
 	}
 }

@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -25,6 +24,7 @@ import (
 	"time"
 
 	"farkeep/image/emulate"
+	"farkeep/image/freeport"
 	"farkeep/image/hometunnel"
 	"farkeep/image/mailsink"
 	"farkeep/image/ntpserver"
@@ -126,29 +126,10 @@ func New(ctx context.Context, o Options) (_ *Stage, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.udpPort, err = freePort("udp4"); err != nil {
+	if s.udpPort, err = freeport.UDP(); err != nil {
 		return nil, err
 	}
 	return s, s.makeSite(ctx)
-}
-
-// freePort finds a free port of the loopback. Somebody else may take it in
-// between; then the demonstration fails and says so.
-func freePort(network string) (uint16, error) {
-	if network == "udp4" {
-		c, err := net.ListenPacket(network, "127.0.0.1:0")
-		if err != nil {
-			return 0, err
-		}
-		defer c.Close()
-		return uint16(c.LocalAddr().(*net.UDPAddr).Port), nil
-	}
-	l, err := net.Listen(network, "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer l.Close()
-	return uint16(l.Addr().(*net.TCPAddr).Port), nil
 }
 
 func (s *Stage) makeSite(ctx context.Context) error {
@@ -253,7 +234,7 @@ func (s *Stage) command(ctx context.Context, program string, args ...string) *ex
 	}
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = 10 * time.Second
+	cmd.WaitDelay = time.Minute // what is interrupted may still have to report, on a host that is busy
 	return cmd
 }
 
@@ -302,7 +283,7 @@ func (s *Stage) BuildImage(ctx context.Context) error {
 // Add adds an appliance to the site, prepares its disk and personalises its card.
 // It does not boot yet.
 func (s *Stage) Add(ctx context.Context, c Cast) (*Appliance, error) {
-	port, err := freePort("tcp4")
+	port, err := freeport.TCP()
 	if err != nil {
 		return nil, err
 	}
@@ -418,7 +399,7 @@ func (s *Stage) KeyServerSecrets() string { return filepath.Join(s.Site, "keyser
 // same for the stage's life.
 func (s *Stage) StartKeyServer(ctx context.Context) error {
 	if s.keysAt == "" {
-		port, err := freePort("tcp4")
+		port, err := freeport.TCP()
 		if err != nil {
 			return err
 		}

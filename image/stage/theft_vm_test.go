@@ -63,7 +63,7 @@ func (w *world) keyServer(args ...string) string {
 // mail waits for a mail whose subject holds text.
 func (w *world) mail(text string) mailsink.Message {
 	w.Helper()
-	ctx, cancel := context.WithTimeout(w.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(w.Context(), 5*time.Minute)
 	defer cancel()
 	m, err := w.s.Mail.Wait(ctx, func(m mailsink.Message) bool { return strings.Contains(m.Subject(), text) })
 	w.must(err)
@@ -72,7 +72,7 @@ func (w *world) mail(text string) mailsink.Message {
 
 func (w *world) gone() {
 	w.Helper()
-	ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(w.Context(), 3*time.Minute)
 	defer cancel()
 	w.must(w.a.Pi.WaitDisk(ctx, false))
 }
@@ -87,7 +87,7 @@ func (w *world) searched() {
 }
 
 func (w *world) revokedWhileItRuns() {
-	w.keyServer("revoke", "barn", "--reason", "stolen", "--wait", "3m") // ends when the disk is dark
+	w.keyServer("revoke", "barn", "--reason", "stolen", "--wait", "5m") // ends when the disk is dark
 	w.gone()
 	if out := w.keyServer("list", "--json"); !strings.Contains(out, `"told": "2`) || !strings.Contains(out, `"dark": "2`) {
 		w.Errorf("the key server does not show that it has reached the appliance: %s", out)

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"farkeep/image/emulate"
+	"farkeep/image/freeport"
 	"farkeep/image/stage"
 	"farkeep/image/stage/stagetest"
 	"farkeep/shared/hint"
@@ -95,7 +96,9 @@ func TestMisfortunes(t *testing.T) {
 	_, err = s.Run(t.Context(), "farkeep-image", "site", "add", "repository", "files", w.source, "--dir", s.Site)
 	w.must(err)
 	w.must(s.BuildImage(t.Context()))
-	lan := emulate.Forward{HostPort: freePort(t), GuestPort: 22}
+	port, err := freeport.TCP()
+	w.must(err)
+	lan := emulate.Forward{HostPort: port, GuestPort: 22}
 	w.a, err = s.Add(t.Context(), stage.Cast{Name: "barn", Machine: emulate.Generic, DiskSize: 512 << 20, Relay: emulate.Relay{Line: 5}, Window: "24h", Settings: stage.ShortLease, Forward: []emulate.Forward{lan}})
 	w.must(err)
 	w.must(s.OpenHome(t.Context()))
@@ -152,11 +155,12 @@ func TestMisfortunes(t *testing.T) {
 		sent, err := w.s.Sent("barn")
 		w.must(err)
 		pushed := make(chan error, 1)
-		go func() { _, err := w.s.Push(ctx); pushed <- err }()
+		// With the limit it takes a quarter of a minute, however fast the host is.
+		go func() { _, err := w.s.Push(ctx, "--rate-limit", "800000"); pushed <- err }()
 		for {
 			now, err := w.s.Sent("barn")
 			w.must(err)
-			if now > sent+(3<<20) {
+			if now > sent+(2<<20) {
 				break
 			}
 			select {
@@ -166,11 +170,7 @@ func TestMisfortunes(t *testing.T) {
 			}
 		}
 		w.must(w.a.Pi.UnplugDisk(w.Context()))
-		select {
-		case <-time.After(5 * time.Second): // the appliance meets the loss by itself
-		case err := <-pushed:
-			pushed <- err
-		}
+		w.await("without a disk", func(s pushwire.Status) bool { return !s.Disk.Mounted }) // it meets the loss by itself
 		w.a.Pi.PlugDisk()
 		cancel()
 		<-pushed
@@ -215,7 +215,7 @@ func (w *world) sleep() {
 	w.Helper()
 	_, err := w.a.SSH(w.Context(), "home/pusher/ssh_key", "sleep")
 	w.must(err)
-	ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(w.Context(), 3*time.Minute)
 	defer cancel()
 	w.must(w.a.Pi.WaitDisk(ctx, false))
 }
@@ -234,16 +234,6 @@ func (w *world) silent(address string) {
 	if n, err := c.Read(banner); n > 0 || err == nil {
 		w.Errorf("%s answers %q", address, banner[:n])
 	}
-}
-
-func freePort(t *testing.T) uint16 {
-	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return uint16(l.Addr().(*net.TCPAddr).Port)
 }
 
 // lockedWriter lets several sources write into one buffer.

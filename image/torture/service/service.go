@@ -15,7 +15,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,6 +24,7 @@ import (
 	"syscall"
 	"time"
 
+	"farkeep/image/freeport"
 	"farkeep/shared/identity"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
@@ -142,12 +142,11 @@ func Tool(ctx context.Context, pkg, name string, args ...string) (string, error)
 }
 
 func (s *Service) configure(uuid string) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.TCP()
 	if err != nil {
 		return err
 	}
-	s.port = l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	s.port = int(port)
 	host, hostPublic, err := identity.New("attic")
 	if err != nil {
 		return err
@@ -443,8 +442,19 @@ func (s *Service) Close() error {
 }
 
 // CheckFileSystem runs e2fsck on the disk of a stopped appliance: it must find
-// nothing, nor change anything.
+// nothing, nor change anything. It waits until the kernel has let go of the disk: a
+// process that began a mount namespace meanwhile holds it a moment longer.
 func (s *Service) CheckFileSystem(ctx context.Context) error {
+	for limit := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		f, err := os.OpenFile(s.Loop, os.O_RDONLY|unix.O_EXCL, 0)
+		if err == nil {
+			f.Close()
+			break
+		}
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(limit) {
+			return fmt.Errorf("look at the disk after its end: %w", err)
+		}
+	}
 	_, err := Tool(ctx, "e2fsprogs", "e2fsck", "-f", "-n", s.Loop)
 	return err
 }
