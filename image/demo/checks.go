@@ -37,7 +37,7 @@ func (d *show) push(ctx context.Context, what, target string) error {
 
 // uploading waits until so many bytes have gone to the appliance since now.
 func (d *show) uploading(ctx context.Context, a *stage.Appliance, bytes uint64) error {
-	return within(ctx, 2*time.Minute, func(ctx context.Context) error {
+	return within(ctx, 5*time.Minute, func(ctx context.Context) error {
 		start, err := d.s.Sent(a.Name)
 		if err != nil {
 			return err

@@ -96,7 +96,7 @@ func (d *show) compactionDay(ctx context.Context) (c compaction, err error) {
 }
 
 // interrupted begins a push and has stop end it once bytes have gone out. The
-// push has a limit, so that little is under way at that moment.
+// push has a limit, so that little is under way at that moment, and much is still to come.
 func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, stop func() error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -106,7 +106,7 @@ func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, sto
 	}
 	pushed := make(chan end, 1)
 	go func() {
-		out, err := d.s.Push(ctx, "--target", d.vault.Name, "--json", "--rate-limit", "100000")
+		out, err := d.s.Push(ctx, "--target", d.vault.Name, "--json", "--rate-limit", "50000")
 		pushed <- end{out, err}
 	}()
 	if err := d.uploading(ctx, d.vault, bytes); err != nil {

@@ -145,7 +145,7 @@ func (h *house) live() {
 	h.t.Helper()
 	must(h.t, h.s.OpenHome(h.ctx))
 	must(h.t, h.vault.Boot(h.ctx))
-	ctx, cancel := context.WithTimeout(h.ctx, 5*time.Minute)
+	ctx, cancel := context.WithTimeout(h.ctx, 15*time.Minute)
 	defer cancel()
 	_, err := h.vault.Mounted(ctx)
 	must(h.t, err)
@@ -483,7 +483,7 @@ func (h *house) homeAgain(t *testing.T) {
 	defer m.Close()
 	sh := func(script string) string {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 		defer cancel()
 		out, err := m.Run(ctx, script)
 		if err != nil {
@@ -508,7 +508,7 @@ func (h *house) homeAgain(t *testing.T) {
 	must(t, r.Steps(t.Context(), "home-vpn", "home-check", "home-serve"))
 	pi, err := emulate.Start(t.Context(), emulate.Config{
 		Machine: h.vault.Machine, Image: h.vault.Card, Disk: h.vault.Disk, Relay: h.vault.Relay,
-		Append: "farkeep.watchdog=softdog", Concurrent: true, Console: log, // the turn is the Debian's
+		Append: "farkeep.watchdog=softdog", FollowRestarts: true, Concurrent: true, Console: log, // the turn is the Debian's
 	})
 	must(t, err)
 	defer pi.CutPower()

@@ -61,6 +61,7 @@ type killBench struct {
 type KillPlan struct {
 	Kills  int           // 0: until For is over
 	For    time.Duration // 0: until all kills are done
+	Least  int           // with For: so many must have met their part, however long that takes
 	Faults int           // how often the disk fails, in turns
 }
 
@@ -149,7 +150,7 @@ func (b *killBench) run(ctx context.Context, plan KillPlan) error {
 	begin := time.Now()
 	kills, faults := 0, 0
 	for round := 0; ; round++ {
-		if plan.For > 0 && time.Since(begin) > plan.For || plan.Kills > 0 && kills >= plan.Kills {
+		if plan.For > 0 && time.Since(begin) > plan.For && b.Count("kills") >= plan.Least || plan.Kills > 0 && kills >= plan.Kills {
 			break
 		}
 		if round%4 == 0 {

@@ -123,7 +123,7 @@ func TestKills(t *testing.T) {
 	}
 	dir := open(t)
 	build(t, dir, "torture", "appliance", "pusher")
-	plan := torture.KillPlan{For: 8 * time.Second, Faults: 1}
+	plan := torture.KillPlan{For: 8 * time.Second, Least: 5, Faults: 1}
 	if n := number(t, killsVariable); n > 0 {
 		t.Parallel() // with TestPowerCuts: both mostly wait
 		plan = torture.KillPlan{Kills: int(n), Faults: int(n) / 25}
