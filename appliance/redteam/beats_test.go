@@ -45,7 +45,7 @@ func heartbeatAttacks() []attack {
 			if err := refused(err, own); err != nil {
 				return err
 			}
-			for limit := time.Now().Add(10 * time.Second); time.Now().Before(limit); time.Sleep(100 * time.Millisecond) {
+			for limit := time.Now().Add(time.Minute); time.Now().Before(limit); time.Sleep(100 * time.Millisecond) {
 				out, err := w.verb(service.Admin, "status --json", "")
 				var s pushwire.Status
 				if err = errors.Join(err, json.Unmarshal([]byte(out), &s)); err != nil {
@@ -185,7 +185,7 @@ func (w *world) lie(offsets ...time.Duration) (*board, clock.Status, error) {
 		servers, names = append(servers, s), append(names, s.Addr().String())
 	}
 	path := filepath.Join(w.TempDir(), "clock")
-	run := func() (clock.Status, error) {
+	run := func(wait time.Duration) (clock.Status, error) {
 		k, err := clock.New(clock.Config{Servers: names, Path: path, System: b, Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
 			return clock.Status{}, err
@@ -195,19 +195,19 @@ func (w *world) lie(offsets ...time.Duration) (*board, clock.Status, error) {
 		go func() { done <- k.Run(ctx) }()
 		select {
 		case <-k.Ready():
-		case <-time.After(8 * time.Second):
+		case <-time.After(wait):
 		}
 		s := k.Status()
 		cancel()
 		return s, <-done
 	}
-	if s, err := run(); err != nil || !s.Set {
+	if s, err := run(time.Minute); err != nil || !s.Set {
 		return b, s, fmt.Errorf("honest servers: %+v, %w", s, err)
 	}
 	for i, s := range servers {
 		s.SetOffset(offsets[i])
 	}
-	s, err := run()
+	s, err := run(8 * time.Second) // liars may well leave it unset
 	return b, s, err
 }
 

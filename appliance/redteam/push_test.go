@@ -520,9 +520,9 @@ func raceAttacks() []attack {
 				c.Run(w.Context(), "wake", nil, 1<<16)
 			}
 			all.Wait()
-			wait, cancel := context.WithTimeout(w.Context(), 25*time.Second)
+			wait, cancel := context.WithTimeout(w.Context(), time.Minute)
 			defer cancel()
-			_, err = w.svc.Verb(wait, service.Push, "wake --wait=20", nil)
+			_, err = w.svc.Verb(wait, service.Push, "wake --wait=50", nil)
 			return errors.Join(err, w.svc.AwaitOpen(wait))
 		}},
 	}
@@ -687,7 +687,7 @@ func resourceAttacks() []attack {
 }
 
 func (w *world) restoreGetsIn() error {
-	ctx, cancel := context.WithTimeout(w.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
 	defer cancel()
 	out, err := w.svc.Verb(ctx, service.Restore, "generations photos", nil)
 	if err != nil {

@@ -105,7 +105,7 @@ func (w *world) rawSFTP(k service.Key, send []byte) ([]byte, error) {
 	go func() { s.Wait(); close(done) }()
 	select {
 	case <-done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		return nil, errors.New("the session goes on after its input has ended")
 	}
 	return out.Bytes(), nil

@@ -10,6 +10,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"farkeep/image/torture/service"
@@ -29,9 +30,21 @@ func (w *world) session(do func(s *ssh.Session, out *bytes.Buffer) error) error 
 	}
 	defer s.Close()
 	var out bytes.Buffer
-	s.Stdout, s.Stderr = &out, &out
-	err = do(s, &out)
-	return err
+	all := &together{w: &out}
+	s.Stdout, s.Stderr = all, all
+	return do(s, &out)
+}
+
+// together lets both outputs of a session write into one buffer.
+type together struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (t *together) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.w.Write(p)
 }
 
 // denied sends a channel request that must not be granted.
@@ -196,7 +209,7 @@ func sshAttacks() []attack {
 				}
 				w.Later(func() error {
 					defer c.Close()
-					c.SetDeadline(time.Now().Add(handshake + 10*time.Second))
+					c.SetDeadline(time.Now().Add(handshake + time.Minute))
 					io.WriteString(c, hello)
 					_, err := io.Copy(io.Discard, c)
 					var timeout net.Error
