@@ -46,14 +46,25 @@ func TestCheck(t *testing.T) {
 
 func TestBlink(t *testing.T) {
 	root := t.TempDir()
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	if err := board.Blink(ctx, root, board.BadSettings); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("without a LED: %v", err)
 	}
 	write(t, root, "sys/class/leds/ACT/trigger", "mmc0")
 	write(t, root, "sys/class/leds/ACT/brightness", "")
-	if err := board.Blink(ctx, root, board.BadSettings); err != nil {
+	blinked := make(chan error, 1)
+	go func() { blinked <- board.Blink(ctx, root, board.BadSettings) }()
+	for on := ""; on != "1"; {
+		b, err := os.ReadFile(filepath.Join(root, "sys/class/leds/ACT/brightness"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		on = string(b)
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	if err := <-blinked; err != nil {
 		t.Error(err)
 	}
 	trigger, _ := os.ReadFile(filepath.Join(root, "sys/class/leds/ACT/trigger"))

@@ -85,12 +85,21 @@ func TestAsk(t *testing.T) {
 
 func TestAskEndsWithItsContext(t *testing.T) {
 	server := clocktest.Start(t, clocktest.Behaviour{Silent: true})
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	start := time.Now()
-	if _, err := Ask(ctx, server.Address, time.Now); err == nil || time.Since(start) > queryTimeout/2 {
-		t.Errorf("%v after %v", err, time.Since(start))
+	var took time.Duration
+	for range 3 { // a host that is busy may keep one waiting
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		start := time.Now()
+		_, err := Ask(ctx, server.Address, time.Now)
+		took = time.Since(start)
+		cancel()
+		if err == nil {
+			t.Error("an answer from a server that says nothing")
+		}
+		if took < queryTimeout/2 {
+			return
+		}
 	}
+	t.Errorf("it took %v every time", took)
 }
 
 func TestSourceNames(t *testing.T) {

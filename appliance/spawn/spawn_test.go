@@ -69,7 +69,7 @@ func TestRun(t *testing.T) {
 		err := spawn.Run(ctx, e, "unlock", brief{Password: "hush", Mode: mode}, &got)
 		return got, err
 	}
-	got, err := try("", 20*time.Second)
+	got, err := try("", time.Minute)
 	want := map[string]any{"password": "hush", "name": "unlock", "env": 0.0}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v\n%s", err, diff)
@@ -79,10 +79,10 @@ func TestRun(t *testing.T) {
 		timeout time.Duration
 		want    string
 	}{
-		{"hang", 300 * time.Millisecond, "killed"},
-		{"long", 20 * time.Second, "exit status 1"},
-		{"silent", 20 * time.Second, "unexpected end of JSON"},
-		{"fail", 20 * time.Second, "exit status 1"},
+		{"hang", 2 * time.Second, "killed"},
+		{"long", time.Minute, "exit status 1"},
+		{"silent", time.Minute, "unexpected end of JSON"},
+		{"fail", time.Minute, "exit status 1"},
 	} {
 		if _, err := try(tt.mode, tt.timeout); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: got %v; want %q", tt.mode, err, tt.want)
