@@ -29,9 +29,9 @@ func must(b testing.TB, err error) {
 // await waits until ok, for half a minute at most.
 func await(b testing.TB, what string, ok func() bool) {
 	b.Helper()
-	for limit := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for limit := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(limit) {
-			b.Fatalf("%s: that did not happen within 30 s", what)
+			b.Fatalf("%s: that did not happen within two minutes", what)
 		}
 	}
 }

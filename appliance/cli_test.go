@@ -91,7 +91,7 @@ func TestService(t *testing.T) {
 	}
 	defer notify.Close()
 
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, bin, "run", "--settings", file, "--run-dir", paths.Run, "--state-dir", paths.State, "--media-dir", paths.Media)
 	cmd.Env = []string{"NOTIFY_SOCKET=" + filepath.Join(dir, "notify"), "WATCHDOG_USEC=1000000"}
@@ -110,7 +110,7 @@ func TestService(t *testing.T) {
 	}()
 	await := func(what string, ok func() bool) {
 		t.Helper()
-		for limit := time.Now().Add(time.Minute); !ok(); time.Sleep(10 * time.Millisecond) {
+		for limit := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(limit) {
 				t.Fatalf("%s did not happen", what)
 			}
@@ -119,7 +119,7 @@ func TestService(t *testing.T) {
 	told := func(want string) {
 		t.Helper()
 		buf := make([]byte, 256)
-		if err := notify.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		if err := notify.SetReadDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		for {

@@ -281,8 +281,8 @@ func mounted(t *testing.T, from readback.Source, repository string) (dir string,
 		select {
 		case <-ended:
 			return err
-		case <-time.After(30 * time.Second):
-			return errors.New("it goes on after 30 s")
+		case <-time.After(2 * time.Minute):
+			return errors.New("it goes on after two minutes")
 		}
 	}
 }

@@ -129,7 +129,7 @@ func TestPlaceByWireGuard(t *testing.T) {
 
 	askAt := func(port, boot string) error {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		c, err := sshverb.Dial(ctx, sshverb.Peer{
 			Address: "10.77.0.1:" + port, User: "farkeep", Identity: k.attic,

@@ -55,7 +55,7 @@ func TestServeMailsAndCounts(t *testing.T) {
 	}
 	k.checkIn(hint.ExitRefused)
 
-	deadline := time.After(60 * time.Second)
+	deadline := time.After(3 * time.Minute)
 	for !mailed(p, "attic was told that it is revoked") {
 		select {
 		case <-p.Arrived():

@@ -817,7 +817,7 @@ func TestStalledPeersAreFreed(t *testing.T) {
 // wait waits for what another process or goroutine brings about.
 func (b *bench) wait(what string, there func() bool) {
 	b.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !there(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !there(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			b.Fatal("waited in vain for ", what)
 		}

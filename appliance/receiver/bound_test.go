@@ -122,13 +122,13 @@ func (n *neighbour) route(t *testing.T, to string) {
 // dial connects from the namespace and returns what the other side says first.
 func (n *neighbour) dial(address string) (banner string, err error) {
 	err = n.in(func() error {
-		c, err := net.DialTimeout("tcp", address, 5*time.Second)
+		c, err := net.DialTimeout("tcp", address, 30*time.Second)
 		if err != nil {
 			return err
 		}
 		defer c.Close()
 		buf := make([]byte, 64)
-		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.SetDeadline(time.Now().Add(30 * time.Second))
 		got, err := c.Read(buf)
 		banner = string(buf[:got])
 		return err

@@ -416,7 +416,7 @@ func TestReleaseEndsSessionsOfADeadLine(t *testing.T) {
 	close(line.dead)
 	begun := time.Now()
 	must(t, localcall.Call(t.Context(), b.paths.Socket(part.Receiver), "release", nil, nil))
-	if took := time.Since(begun); took > 12*time.Second {
+	if took := time.Since(begun); took > time.Minute {
 		t.Errorf("the disk had to wait for %v", took)
 	}
 }

@@ -122,12 +122,12 @@ func TestTunnel(t *testing.T) {
 		}()
 		return states, done
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	states, done := run(ctx)
 	awaitUp(t, states, done)
 
-	c, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "tcp", "10.77.0.1:7")
+	c, err := (&net.Dialer{Timeout: time.Minute}).DialContext(ctx, "tcp", "10.77.0.1:7")
 	if err != nil {
 		t.Fatal("through the tunnel: ", err)
 	}
@@ -147,7 +147,7 @@ func TestTunnel(t *testing.T) {
 	cancel()
 	<-done
 	s.Peers[0].AllowedIPs = []netip.Prefix{netip.MustParsePrefix("10.77.0.1/32")}
-	again, stop := context.WithTimeout(t.Context(), 30*time.Second)
+	again, stop := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer stop()
 	states, done = run(again)
 	awaitUp(t, states, done)

@@ -71,7 +71,7 @@ func start(t *testing.T, cfg hometunnel.Config) *hometunnel.Home {
 
 func TestBothWays(t *testing.T) {
 	home, pi, piKey := pair(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	if err := home.WaitHandshake(ctx, piKey, time.Time{}); err != nil {
 		t.Fatal(err)
@@ -132,7 +132,7 @@ func TestForwardAndExpose(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 
 	a, err := pi.DialContext(ctx, "tcp", "10.77.0.1:7022")
@@ -252,7 +252,7 @@ func roundTrip(t *testing.T, c net.Conn, size int) {
 		c.Write(sent)
 		c.(interface{ CloseWrite() error }).CloseWrite()
 	}()
-	c.SetReadDeadline(time.Now().Add(30 * time.Second))
+	c.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	got, err := io.ReadAll(c)
 	if err != nil {
 		t.Fatal(err)

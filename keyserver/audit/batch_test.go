@@ -40,7 +40,7 @@ func TestRecordsAreWrittenTogether(t *testing.T) {
 			}
 		})
 	}
-	for deadline := time.Now().Add(20 * time.Second); l.Waiting() < many-1; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); l.Waiting() < many-1; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d records wait", l.Waiting())
 		}
