@@ -117,6 +117,7 @@ func Run(ctx context.Context, env *part.Env) error {
 		Authorise:  r.authorise,
 		Exec:       r.exec,
 		Subsystems: map[string]sshverb.Handler{"sftp": r.sftp},
+		Limits:     sshverb.Limits{Stripes: stripes},
 		Log:        env.Log,
 	}
 
@@ -140,7 +141,12 @@ func Run(ctx context.Context, env *part.Env) error {
 
 // memoryLimit is what the Go runtime tries to stay below, in bytes. Sessions that
 // need more get it, and pay for it with time.
-const memoryLimit = 16 << 20
+const memoryLimit = 14 << 20
+
+// stripes bounds what uploads may have under way beside their sessions, in windows of
+// 2 MiB: they are in memory when the disk is slower than the line. One upload may have
+// them all; who finds none uses its session alone.
+const stripes = 4
 
 // muchMoved is how many bytes make so much garbage that it is given back at once.
 const muchMoved = 1 << 20

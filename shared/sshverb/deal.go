@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // What is under way in a channel is bounded by its window, 2 MiB, which
@@ -19,9 +20,13 @@ import (
 // length 0 is the end of the stream, and every channel must end there: a stream of
 // which a channel was cut off never looks whole.
 
-// maxBlock bounds a block, in bytes without its length. Blocks are as short as what
-// is written at once, so that nothing waits for a block to become full.
-const maxBlock = 64 << 10
+// What is held until the peer reads it is held as it came, packet by packet. One with
+// packetRoom bytes and the nine before them (RFC 4254 §5.2) fits into 32 KiB; the
+// largest that SSH allows are a little longer, and take a quarter more of memory.
+const packetRoom = 32<<10 - 9
+
+// maxBlock bounds a block, in bytes without its length.
+const maxBlock = 2*packetRoom - 4
 
 // ErrDealt is wrapped by errors of a reader whose channels do not make one stream.
 var ErrDealt = errors.New("the channels do not make one stream")
@@ -32,52 +37,57 @@ type lane interface {
 	CloseWrite() error
 }
 
-// dealer writes one stream into several channels.
+// dealer writes one stream into several channels. It holds back less than a block of
+// what is written in long pieces; a piece shorter than a packet goes at once, and what
+// was held back with it.
 type dealer struct {
 	to     []lane
 	next   int
-	first  []byte // of a block: its length and what goes into the same packet
-	broken bool   // a block is incomplete: there is no end to tell any more
-}
-
-// packetRoom is what a channel sends in one packet (RFC 4254 §5.2), in bytes.
-const packetRoom = 32 << 10
-
-func newDealer(to []lane) *dealer {
-	return &dealer{to: to, first: make([]byte, packetRoom)}
+	block  [4 + maxBlock]byte
+	held   int  // bytes of the block
+	broken bool // a block is incomplete: there is no end to tell any more
 }
 
 func (d *dealer) Write(p []byte) (n int, err error) {
+	prompt := len(p) < packetRoom
 	for len(p) > 0 {
-		block := p[:min(len(p), maxBlock)]
-		if err := d.block(block); err != nil {
-			return n, err
+		more := copy(d.block[4+d.held:], p)
+		d.held, n, p = d.held+more, n+more, p[more:]
+		if d.held < maxBlock && !prompt {
+			break
 		}
-		n, p = n+len(block), p[len(block):]
+		if err := d.send(); err != nil {
+			return n - more, err
+		}
 	}
 	return n, nil
 }
 
-func (d *dealer) block(p []byte) error {
-	to := d.to[d.next]
-	d.next = (d.next + 1) % len(d.to)
-	binary.BigEndian.PutUint32(d.first, uint32(len(p)))
-	begun := copy(d.first[4:], p)
-	_, err := to.Write(d.first[:4+begun])
-	if err == nil && begun < len(p) {
-		_, err = to.Write(p[begun:])
+// send sends what is held, as a block.
+func (d *dealer) send() error {
+	if d.broken {
+		return io.ErrClosedPipe
 	}
-	if err != nil {
-		d.broken = true
+	to, block := d.to[d.next], d.block[:4+d.held]
+	binary.BigEndian.PutUint32(block, uint32(d.held))
+	d.next, d.held = (d.next+1)%len(d.to), 0
+	for packet := range slices.Chunk(block, packetRoom) {
+		if _, err := to.Write(packet); err != nil {
+			d.broken = true
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // CloseWrite ends the stream, or, after an error of Write, cuts it off.
 func (d *dealer) CloseWrite() error {
 	var all []error
+	if d.held > 0 && !d.broken {
+		all = append(all, d.send())
+	}
 	if !d.broken {
-		all = append(all, d.block(nil))
+		all = append(all, d.send())
 	}
 	for _, to := range d.to {
 		all = append(all, to.CloseWrite())

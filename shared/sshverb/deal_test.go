@@ -51,7 +51,7 @@ func TestDealing(t *testing.T) {
 	for range 300 {
 		n := 1 + r.IntN(6)
 		all, lanes := channels(n)
-		d := newDealer(lanes)
+		d := &dealer{to: lanes}
 		var want []byte
 		for range r.IntN(12) {
 			p := make([]byte, r.IntN(1<<r.IntN(19)))
@@ -88,7 +88,7 @@ func TestDealing(t *testing.T) {
 // Blocks lie on the channels in turn: their windows become full together.
 func TestDealingIsEven(t *testing.T) {
 	all, lanes := channels(4)
-	d := newDealer(lanes)
+	d := &dealer{to: lanes}
 	if _, err := d.Write(make([]byte, 40*maxBlock)); err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +103,7 @@ func TestDealingIsEven(t *testing.T) {
 func TestHalfAStream(t *testing.T) {
 	whole := func() []*channel {
 		all, lanes := channels(3)
-		d := newDealer(lanes)
+		d := &dealer{to: lanes}
 		for range 7 {
 			d.Write([]byte("some block"))
 		}
@@ -154,7 +154,7 @@ func TestHalfAStream(t *testing.T) {
 // A dealer that could not write a block to its end does not tell an end.
 func TestABrokenDealerHasNoEnd(t *testing.T) {
 	all, lanes := channels(2)
-	d := newDealer(lanes)
+	d := &dealer{to: lanes}
 	d.Write([]byte("one"))
 	all[1].room = 5
 	if _, err := d.Write([]byte("two")); !errors.Is(err, io.ErrClosedPipe) {
@@ -176,7 +176,7 @@ func TestABrokenDealerHasNoEnd(t *testing.T) {
 func FuzzJoined(f *testing.F) {
 	seed := func(pieces ...string) {
 		all, lanes := channels(3)
-		d := newDealer(lanes)
+		d := &dealer{to: lanes}
 		for _, p := range pieces {
 			io.WriteString(d, p)
 		}
@@ -195,12 +195,15 @@ func FuzzJoined(f *testing.F) {
 			j.from = append(j.from, bytes.NewReader(p))
 		}
 		all, lanes := channels(3)
-		d := newDealer(lanes)
+		d := &dealer{to: lanes}
 		p := make([]byte, maxBlock)
 		for {
 			n, err := j.Read(p)
 			if n > 0 {
 				d.Write(p[:n])
+			}
+			if d.held > 0 {
+				d.send()
 			}
 			if errors.Is(err, io.EOF) {
 				break

@@ -238,7 +238,7 @@ func (c *Client) StartWide(ctx context.Context, verb string, n int) (*Dialogue, 
 	for _, o := range granted {
 		to = append(to, o.channel)
 	}
-	return &Dialogue{Stdin: wideInput{newDealer(to)}, Stdout: s, stream: s}, nil
+	return &Dialogue{Stdin: wideInput{&dealer{to: to}}, Stdout: s, stream: s}, nil
 }
 
 // wideInput is what a verb reads. Closing it ends that, and not the verb.

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -100,7 +101,15 @@ func TestMemory(t *testing.T) {
 		answer, needed = h.offer()
 	}
 	weigh.begin("upload of long files")
+	h.paused = func() {
+		stopUntilFull(t, svc.Parts()["keeper"], &h.sent)
+		// The windows of the session and of four stripes, and the receiver's own.
+		if got := svc.Memory()["receiver"]; got < 12<<20 {
+			t.Errorf("the receiver has %d bytes when no window has room: fewer windows than an upload may have", got)
+		}
+	}
 	h.upload(answer.Push, needed)
+	h.paused = nil
 	weigh.begin("the offer of an upload that was cut")
 	if answer, _ = h.offer(); answer.Need != 0 || answer.Kept != int64(h.files+h.long) {
 		t.Fatalf("after the upload: %+v", answer)
@@ -257,6 +266,45 @@ type household struct {
 	long   int
 	sums   []manifest.Sum // of the long ones
 	night  int            // changes one file
+	sent   atomic.Int64   // bytes of streams
+	paused func()         // called beside an upload
+}
+
+// stopUntilFull has an upload meet the slowest disk there can be: the keeper stops
+// after some of it, until every window between here and there is full.
+func stopUntilFull(t *testing.T, keeper int, sent *atomic.Int64) {
+	const some = 2 * longSize
+	limit := time.Now().Add(2 * time.Minute)
+	for sent.Load() < some {
+		if time.Now().After(limit) {
+			t.Error("the upload does not come far enough")
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	if err := unix.Kill(keeper, unix.SIGSTOP); err != nil {
+		t.Error(err)
+		return
+	}
+	defer unix.Kill(keeper, unix.SIGCONT)
+	for last, still := sent.Load(), 0; still < 25; time.Sleep(20 * time.Millisecond) {
+		now := sent.Load()
+		if still++; now != last {
+			last, still = now, 0
+		}
+	}
+}
+
+// counted counts what passes.
+type counted struct {
+	io.Writer
+	n *atomic.Int64
+}
+
+func (c counted) Write(p []byte) (int, error) {
+	n, err := c.Writer.Write(p)
+	c.n.Add(int64(n))
+	return n, err
 }
 
 const longSize = 64 << 20
@@ -351,13 +399,19 @@ func (h *household) line(d *sshverb.Dialogue, err error) {
 	}
 }
 
-// upload sends each content once: the next offer finds all files that have it.
+// upload sends each content once: the next offer finds all files that have it. It goes
+// over as many channels as the appliance grants.
 func (h *household) upload(push string, needed *manifest.Set) {
 	h.t.Helper()
-	d, err := h.client.Start(h.t.Context(), "upload "+push)
+	d, err := h.client.StartWide(h.t.Context(), "upload "+push, 8)
 	must(h.t, err)
 	defer d.Close()
-	e := recipe.NewEncoder(d.Stdin)
+	if h.paused != nil {
+		var beside sync.WaitGroup
+		beside.Go(h.paused)
+		defer beside.Wait()
+	}
+	e := recipe.NewEncoder(counted{d.Stdin, &h.sent})
 	sent := map[manifest.Sum]bool{}
 	index := int64(-1)
 	err = h.each(func(entry *manifest.Entry, open func() io.Reader) error {
