@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"farkeep/pusher/progress"
+	"farkeep/pusher/repository"
 	"farkeep/pusher/restore"
 	"farkeep/shared/hint"
 	"farkeep/shared/usage"
@@ -73,6 +74,11 @@ and are named, 4 the generation is suspect, or the key may not read it, 5 out of
 			if err == nil || hint.Code(err) == hint.ExitPartial {
 				fmt.Fprintf(env.Stdout, "%s: generation %s: %d files, %s, of which %s were there; in %s\n", args[1], chosen.generation.Name,
 					report.Files, progress.Bytes(report.Bytes), progress.Bytes(report.Kept), to)
+				if _, err := repository.ReadBorg(to); err == nil && len(paths) == 0 {
+					// Who restores in a hurry has not read the help.
+					fmt.Fprintf(env.Stderr, "%s: this is an older copy of a Borg repository: read from it, but let nothing write into it (create, prune, compact, check --repair).\n", program)
+					fmt.Fprintf(env.Stderr, "%s: Borg would use encryption counters a second time. How it becomes the new repository: docs/recovery.md, \"A generation as the new repository\"\n", program)
+				}
 			}
 			return err
 		},

@@ -87,7 +87,11 @@ copy yours and writable (the original stays as it is):
 
 Borg may ask about a repository that "was previously located" elsewhere; that is
 expected for a copy. The repository's own passphrase or key is needed, and is not on
-this disk.
+this disk. Read from the copy, and let nothing write into it (borg create, prune,
+compact, check --repair): an encrypted repository that goes on from an older state
+uses encryption counters a second time, and whoever sees both copies learns what was
+encrypted so, without a key. If backups must go on in it, read docs/recovery.md of
+Farkeep before.
 
 A restic repository is read where it is:
 
