@@ -84,13 +84,16 @@ func (o *rehearsal) run(ctx context.Context, env *Env) (err error) {
 	if err != nil {
 		return hint.Exit(hint.ExitUsage, err)
 	}
-	var answers []stockdebian.Answer
+	r, err := drill.New(text, nil)
+	if err != nil {
+		return err
+	}
 	if o.passphrases != "" {
 		words, err := os.ReadFile(o.passphrases)
 		if err != nil {
 			return hint.Exit(hint.ExitUsage, err)
 		}
-		answers = append(answers, drill.Passphrase(strings.TrimRight(string(words), "\r\n")))
+		r.Answers = append(r.Answers, drill.Passphrase(strings.TrimRight(string(words), "\r\n")))
 	}
 	if o.cache == "" {
 		dir, err := os.UserCacheDir()
@@ -124,19 +127,25 @@ func (o *rehearsal) run(ctx context.Context, env *Env) (err error) {
 		return err
 	}
 	defer m.Close()
+	r.Shell = m
 	fmt.Fprintf(env.Stdout, "%8.1f s  a stock Debian %s boots\n", m.Booted.Seconds(), stockdebian.Release)
-	if _, err := m.Run(ctx, "mkdir -p "+drillBundle+"\nmount -o ro "+disks[0].Device()+" "+drillBundle+"\n"); err != nil {
-		return fmt.Errorf("mount the stick with the bundle: %w", err)
-	}
-	r, err := drill.New(text, m)
-	if err != nil {
+	if err := o.rehearse(ctx, env, r, disks[0].Device(), disks[1].Device(), uuid); err != nil {
 		return err
 	}
-	r.Answers = answers
+	fmt.Fprintf(env.Stdout, "%8.1f s  in all\n", time.Since(began).Seconds())
+	return nil
+}
+
+// rehearse goes through the runbook at the shell of a machine that has the bundle on
+// one device, and on another the disk.
+func (o *rehearsal) rehearse(ctx context.Context, env *Env, r *drill.Rehearsal, stick, disk, uuid string) error {
+	if _, err := r.Shell.Run(ctx, "mkdir -p "+drillBundle+"\nmount -o ro "+stick+" "+drillBundle+"\n"); err != nil {
+		return fmt.Errorf("mount the stick with the bundle: %w", err)
+	}
 	r.Said = func(s runsteps.Step, took time.Duration, _ string) {
 		fmt.Fprintf(env.Stdout, "%8.1f s  %s: %s\n", took.Seconds(), s.Chapter, s.Name)
 	}
-	d := drill.Disk{Device: disks[1].Device(), UUID: uuid, Bundle: drillBundle, Work: drillWork}
+	d := drill.Disk{Device: disk, UUID: uuid, Bundle: drillBundle, Work: drillWork}
 	open := r.Open
 	if o.headerless != "" {
 		open = r.OpenWithoutHeader
@@ -144,34 +153,35 @@ func (o *rehearsal) run(ctx context.Context, env *Env) (err error) {
 	if err := open(ctx, d); err != nil {
 		return notWorking(err)
 	}
-	out, err := m.Run(ctx, "( cd /mnt/farkeep/generations && ls )\n")
+	out, err := r.Shell.Run(ctx, "( cd /mnt/farkeep/generations && ls )\n")
 	if err != nil {
 		return err
 	}
-	for _, name := range strings.Fields(out) {
+	there := strings.Fields(out)
+	if len(there) == 0 {
+		return hint.Because(errors.New("the disk opens, and holds no repository: there is nothing to rehearse"), "push to it first")
+	}
+	for _, wanted := range o.repositories {
+		if !slices.Contains(there, wanted) {
+			return hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("the disk has no repository %s", wanted), "it has %s", strings.Join(there, ", ")))
+		}
+	}
+	for _, name := range there {
 		generation, err := r.Sums(ctx, name, drillWork)
 		if err != nil {
 			return notWorking(err)
 		}
 		fmt.Fprintf(env.Stdout, "            %s %s: every file is what was written\n", name, strings.TrimSpace(generation))
-		for _, wanted := range o.repositories {
-			if wanted != name {
-				continue
-			}
-			if err := r.Extract(ctx); err != nil {
-				return notWorking(err)
-			}
-			fmt.Fprintf(env.Stdout, "            %s: checked by Borg, and its newest archive extracted\n", name)
+		if !slices.Contains(o.repositories, name) {
+			continue
 		}
+		if err := r.Extract(ctx); err != nil {
+			return notWorking(err)
+		}
+		fmt.Fprintf(env.Stdout, "            %s: checked by Borg, and its newest archive extracted\n", name)
 	}
 	if err := r.Steps(ctx, "close"); err != nil {
 		return notWorking(err)
-	}
-	fmt.Fprintf(env.Stdout, "%8.1f s  in all\n", time.Since(began).Seconds())
-	for _, wanted := range o.repositories {
-		if !strings.Contains(" "+strings.Join(strings.Fields(out), " ")+" ", " "+wanted+" ") {
-			return fmt.Errorf("the disk has no repository %s", wanted)
-		}
 	}
 	return nil
 }
