@@ -202,12 +202,21 @@ func TestRoundTripsOfAPush(t *testing.T) {
 	})
 }
 
-// However often the line is cut, little crosses it twice: what was in the session's
-// window and on its way to the disk, and the beginning of one file that is not long
-// enough to be resumed.
+// However often the line is cut, little crosses it twice: what was in the windows and
+// on its way to the disk, and the beginning of one file that is not long enough to be
+// resumed.
 func TestCutsCostLittleOverSSH(t *testing.T) {
 	a := startAppliance(t, benchDir(t), program(t), "256m")
-	l := &line{}
+	t.Run("near, by one channel", func(t *testing.T) {
+		cutsCostLittle(t, a, "near", &line{}, 1)
+	})
+	t.Run("20 ms away, by five", func(t *testing.T) {
+		far := linetest.Start(t, a.address(), linetest.Line{Delay: 10 * time.Millisecond})
+		cutsCostLittle(t, a, "far", &line{by: far.Addr()}, 5)
+	})
+}
+
+func cutsCostLittle(t *testing.T, a *benchAppliance, repository string, l *line, channels int64) {
 	to := a.client(t, l)
 	must(t, to.Wake(t.Context()))
 	s := source{}
@@ -221,7 +230,7 @@ func TestCutsCostLittleOverSSH(t *testing.T) {
 	const cuts = 8
 	begun := l.sent.Load()
 	for n := 0; ; n++ {
-		answer, err := s.offer(t, to, "photos")
+		answer, err := s.offer(t, to, repository)
 		must(t, err)
 		l.cutAfter.Store(0)
 		if n < cuts && answer.NeedBytes > 1 {
@@ -234,12 +243,12 @@ func TestCutsCostLittleOverSSH(t *testing.T) {
 		}
 		c, err := to.Commit(t.Context(), answer.Push)
 		must(t, err)
-		s.lies(t, a, "photos", c.Generation)
+		s.lies(t, a, repository, c.Generation)
 		sent := l.sent.Load() - begun
 		twice := sent - size
 		t.Logf("%d bytes, cut %d times: %d bytes crossed twice, %d for each cut", size, n, twice, twice/int64(max(n, 1)))
-		// The window of 2 MiB, what the kernel and the receiver hold, and 4 MiB of a file.
-		if most := int64(n)*(8<<20) + size/50; n < cuts/2 || twice > most {
+		// The windows of 2 MiB, what the kernel and the receiver hold, and 4 MiB of a file.
+		if most := int64(n)*(6<<20+channels*(2<<20)) + size/50; n < cuts/2 || twice > most {
 			t.Errorf("%d cuts cost %d bytes, want %d at most", n, twice, most)
 		}
 		return

@@ -48,12 +48,16 @@ func program(t testing.TB) string {
 
 // line is a network that counts what the pusher sends, and can be cut.
 type line struct {
+	by   string // what to dial, if it is not who is meant
 	sent atomic.Int64
 	// cutAfter ends the connection once so many bytes were sent; 0: never.
 	cutAfter atomic.Int64
 }
 
 func (l *line) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if l.by != "" {
+		address = l.by
+	}
 	c, err := (&net.Dialer{}).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
