@@ -51,7 +51,7 @@ type attack struct {
 
 // attacks are all of them, in the order in which they are made.
 func attacks() []attack {
-	return slices.Concat(sshAttacks(), verbAttacks(), manifestAttacks(), streamAttacks(), raceAttacks(), sftpAttacks(), heartbeatAttacks(), restoreAttacks(), clockAttacks(), keyServerAttacks(), resourceAttacks())
+	return slices.Concat(sshAttacks(), verbAttacks(), manifestAttacks(), streamAttacks(), stripeAttacks(), raceAttacks(), sftpAttacks(), heartbeatAttacks(), restoreAttacks(), clockAttacks(), keyServerAttacks(), resourceAttacks())
 }
 
 // world is the appliance under attack.
@@ -189,7 +189,7 @@ func TestRedTeam(t *testing.T) {
 	begin := time.Now()
 	for _, a := range attacks() {
 		ok := t.Run(a.kind+"/"+a.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			inner := *w
 			inner.T, inner.ctx = t, ctx
@@ -198,7 +198,7 @@ func TestRedTeam(t *testing.T) {
 				t.Errorf("it did not come to %q: %v", a.result, err)
 			}
 			inner.cleanUp()
-			after, stop := context.WithTimeout(t.Context(), 30*time.Second)
+			after, stop := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer stop()
 			if err := w.svc.AwaitOpen(after); err != nil {
 				t.Errorf("the appliance is gone: %v", err)
@@ -380,7 +380,7 @@ func (c tree) stream(answer target.Answer) func(io.Writer) error {
 // client is the real pusher's, with one of the keys.
 func (w *world) client(k service.Key) *appliance.Appliance {
 	return appliance.New(appliance.Config{
-		Name: "attic", Address: w.svc.Address(), HostKey: w.svc.Host, Identity: w.svc.Signer(k), WakeWait: 10 * time.Second, Log: slog.New(slog.DiscardHandler),
+		Name: "attic", Address: w.svc.Address(), HostKey: w.svc.Host, Identity: w.svc.Signer(k), WakeWait: time.Minute, Log: slog.New(slog.DiscardHandler),
 	})
 }
 
@@ -388,7 +388,7 @@ func (w *world) client(k service.Key) *appliance.Appliance {
 func (w *world) offer(k service.Key, repository string, o pushwire.Offer, list []byte) (target.Answer, *appliance.Appliance, error) {
 	to := w.client(k)
 	w.Cleanup(func() { to.Close() })
-	for limit := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for limit := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		answer, err := to.Offer(w.ctx, repository, o, opener(list))
 		// A push of the attack before may not be over yet.
 		if !target.Temporary(err) || !strings.Contains(err.Error(), "under way") || time.Now().After(limit) {
