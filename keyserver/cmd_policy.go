@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"farkeep/keyserver/moment"
@@ -225,6 +226,21 @@ func (d *desk) watch(ctx context.Context, name string, wait time.Duration) {
 	}
 }
 
+// elsewhere says where else an order has to be given that opens something: no key
+// server opens on another's word.
+func (d *desk) elsewhere(order string) {
+	_, me, err := d.where.self(d.site)
+	var names []string
+	for _, k := range d.site.KeyServers {
+		if err != nil || k.Name != me.Name {
+			names = append(names, k.Name)
+		}
+	}
+	if len(names) > 0 {
+		d.say("%s it on %s too: each key server decides for itself, and one that refuses has the disk closed", order, strings.Join(names, ", "))
+	}
+}
+
 func lastSeen(s policy.State) string {
 	if s.LastSeen.IsZero() {
 		return " it was made"
@@ -269,9 +285,7 @@ ever: in another place, after a long silence or with an old token its key waits 
 					d.say("key server %s had not heard of the revocation, and will not", server)
 				}
 			}
-			if n := len(d.site.KeyServers); n > 1 {
-				d.say("allow it on the other %d key servers too", n-1)
-			}
+			d.elsewhere("allow")
 			return d.unvoid(a, unvoid)
 		},
 	}

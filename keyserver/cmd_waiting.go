@@ -130,6 +130,7 @@ Ask yourself before: is it you, or somebody you trust, who moved or replaced it?
 					return err
 				}
 				d.say("%s gets its key when it next asks; it asks again within minutes", o.Appliance)
+				d.elsewhere("approve")
 				return nil
 			})
 		},
@@ -205,6 +206,7 @@ that does not match, until the given time. Use it before the appliance travels.`
 				return err
 			}
 			d.say("%s may come from anywhere, once, until %s", args[0], stamp(end))
+			d.elsewhere("expect")
 			return nil
 		},
 	}

@@ -68,10 +68,15 @@ func TestRevokeOnEveryKeyServer(t *testing.T) {
 	}
 	// Nobody allows by another's word.
 	out = run(k.command("allow", "attic", "--reason", "found"))
-	if !strings.Contains(out, "allow it on the other 1 key servers too") || standing().State != policy.Revoked {
+	if !strings.Contains(out, "allow it on cellar too: each key server decides for itself") || standing().State != policy.Revoked {
 		t.Errorf("allowed at one: %s\nthe other one: %+v", out, standing())
 	}
-	run(atCellar("allow", "attic", "--reason", "found"))
+	if out = run(atCellar("allow", "attic", "--reason", "found")); !strings.Contains(out, "allow it on borg too") {
+		t.Errorf("allowed at the other: %s", out)
+	}
+	if out = run(k.command("expect", "attic", "--until", "3d", "--reason", "new flat")); !strings.Contains(out, "expect it on cellar too") {
+		t.Errorf("expected at one: %s", out)
+	}
 	stop()
 
 	// Out of reach: named, listed, and delivered by serve when it is back.
