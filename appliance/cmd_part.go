@@ -9,6 +9,7 @@ import (
 	"farkeep/appliance/confine"
 	"farkeep/appliance/part"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -18,7 +19,7 @@ func partCommand(Env) *cobra.Command {
 		Use:     "part NAME",
 		Short:   "be one of the appliance's parts (the supervisor starts these)",
 		Example: "  farkeep-appliance part receiver",
-		Args:    cobra.ExactArgs(1),
+		Args:    usage.Args(cobra.ExactArgs(1)),
 		Hidden:  true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runPart(cmd.Context(), args[0])

@@ -20,6 +20,7 @@ import (
 	"farkeep/shared/hint"
 	"farkeep/shared/settings"
 	"farkeep/shared/tomlfile"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -37,7 +38,7 @@ func runCommand(env Env) *cobra.Command {
 It needs root, to give each part its own user, and is meant to be started by
 systemd: docs/operations-service.md has the unit.`,
 		Example: "  farkeep-appliance run --settings /etc/farkeep/farkeep.toml",
-		Args:    cobra.NoArgs,
+		Args:    usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return runService(cmd.Context(), env, file, part.Header{Paths: paths, Debug: debug})
 		},
@@ -55,7 +56,7 @@ func checkCommand(env Env) *cobra.Command {
 		Use:     "check FILE",
 		Short:   "say whether a farkeep.toml is right, and if not, where",
 		Example: "  farkeep-appliance check /etc/farkeep/farkeep.toml",
-		Args:    cobra.ExactArgs(1),
+		Args:    usage.Args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
 			cfg, err := loadSettings(args[0])
 			if err != nil {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"farkeep/appliance/boot"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -13,7 +14,7 @@ func stepsCommand(env Env) *cobra.Command {
 		Use:     "steps",
 		Short:   "print what firmware does at boot, in order",
 		Example: "  farkeep-appliance steps",
-		Args:    cobra.NoArgs,
+		Args:    usage.Args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			return boot.Print(env.Stdout, boot.Steps())
 		},
@@ -25,7 +26,7 @@ func versionCommand(env Env) *cobra.Command {
 		Use:     "version",
 		Short:   "print the version",
 		Example: "  farkeep-appliance version",
-		Args:    cobra.NoArgs,
+		Args:    usage.Args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			_, err := fmt.Fprintln(env.Stdout, version())
 			return err

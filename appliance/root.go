@@ -5,7 +5,7 @@ import (
 	"io"
 	"runtime/debug"
 
-	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 
 	"github.com/spf13/cobra"
 )
@@ -26,6 +26,8 @@ disk, and raises the alarm when home falls silent.
 Started by the kernel as PID 1 it is the whole system of a Raspberry Pi. Under
 another system it is the service "farkeep-appliance run".`,
 		Example:           "  farkeep-appliance run --settings /etc/farkeep/farkeep.toml",
+		Args:              usage.Args(cobra.NoArgs),
+		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
@@ -33,7 +35,7 @@ another system it is the service "farkeep-appliance run".`,
 	root.SetArgs(args)
 	root.SetOut(env.Stdout)
 	root.SetErr(env.Stderr)
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return hint.Exit(hint.ExitUsage, err) })
+	root.SetFlagErrorFunc(usage.Flags)
 	root.AddCommand(runCommand(env), partCommand(env), stepsCommand(env), checkCommand(env), versionCommand(env))
 	return root.ExecuteContext(ctx)
 }

@@ -10,6 +10,7 @@ import (
 	"farkeep/image/build"
 	"farkeep/image/debian"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 )
 
 // applianceName is the program that goes into the image, as it is called
@@ -29,7 +30,7 @@ Packages come from the Debian mirror that this machine's apt uses and are
 checked against Debian's keys. They are kept: the next build needs no network.`,
 		Example: `  farkeep-image build --out farkeep.img
   farkeep-image build --appliance ./farkeep-appliance-arm64 --out farkeep.img --compress`,
-		Args: cobra.NoArgs,
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Appliance == "" {
 				self, err := os.Executable()

@@ -9,6 +9,7 @@ import (
 
 	"farkeep/image/demo"
 	"farkeep/shared/hint"
+	"farkeep/shared/usage"
 )
 
 func newDemoCmd(env *Env) *cobra.Command {
@@ -25,7 +26,7 @@ It needs borg, qemu-system-aarch64, ssh, sftp, cryptsetup, e2fsprogs and
 coreutils, no root and no KVM, about 3 GB of disk, and some minutes.`,
 		Example: `  farkeep-image demo
   farkeep-image demo --bin bin --dir /var/tmp/farkeep-demo`,
-		Args: cobra.NoArgs,
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Bin == "" {
 				self, err := os.Executable()

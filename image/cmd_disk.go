@@ -28,7 +28,7 @@ the second, for recovery, with a backup of the header to the operator's folder.`
   farkeep-image disk prepare /dev/sdb --dir my-site --appliance attic
   farkeep-image disk adopt /dev/sdb --dir my-site --appliance attic --key-file old.key
   farkeep-image disk rekey /dev/sdb --dir my-site --appliance attic`,
-		Args: cobra.NoArgs,
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newDiskPrepareCmd(env), newDiskAdoptCmd(env), newDiskRekeyCmd(env), newDiskShowCmd(env), newDiskCopyCmd(env), newDiskSalvageCmd(env))

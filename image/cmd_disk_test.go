@@ -127,7 +127,7 @@ func TestDiskRefuses(t *testing.T) {
 	}{
 		{"nobody to ask", []string{"prepare", disk, "--dir", dir, "--appliance", "attic"}, "hint: give the flag", hint.ExitUsage},
 		{"no appliance named", []string{"prepare", disk, "--dir", dir}, "--appliance is missing", hint.ExitUsage},
-		{"unknown appliance", []string{"prepare", disk, "--dir", dir, "--appliance", "cellar", "--yes"}, `hint: farkeep-image site add appliance cellar`, hint.ExitUsage},
+		{"unknown appliance", []string{"prepare", disk, "--dir", dir, "--appliance", "cellar", "--yes"}, `lists them; site add appliance adds one`, hint.ExitUsage},
 		{"unknown board", []string{"prepare", disk, "--dir", dir, "--appliance", "attic", "--board", "pi99", "--yes"}, "pi99", hint.ExitUsage},
 		{"no site", []string{"prepare", disk, "--dir", dir + ".none", "--appliance", "attic", "--yes"}, "there is no site", hint.ExitUsage},
 		{"no disk", []string{"prepare", disk + ".none", "--dir", dir, "--appliance", "attic", "--yes"}, "no such file", hint.ExitFailure},

@@ -23,6 +23,7 @@ import (
 	"farkeep/shared/card"
 	"farkeep/shared/hint"
 	"farkeep/shared/settings"
+	"farkeep/shared/usage"
 )
 
 // emulation is what the flags of "emulate" say.
@@ -56,8 +57,11 @@ Ctrl-C switches the machine off. A line on standard input plays a mishap: "unplu
 		Example: `  farkeep-image emulate --image vault.img --disk usb.img
   farkeep-image emulate --image vault.img --disk usb.img --home secrets/home/wireguard/farkeep.conf \
       --serve 7022:127.0.0.1:7022 --expose 2222:10.77.0.2:22`,
-		Args: cobra.NoArgs,
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if e.image == "" {
+				return usage.Flags(cmd, errors.New("--image is missing: which image shall boot?"))
+			}
 			return e.run(cmd.Context(), env, cmd.Flags().Changed("relay-line"))
 		},
 	}
@@ -74,9 +78,6 @@ Ctrl-C switches the machine off. A line on standard input plays a mishap: "unplu
 	f.StringArrayVar(&e.expose, "expose", nil, "with --home: PORT:ADDRESS, make an address in the VPN reachable at a port of this machine's loopback")
 	f.StringArrayVar(&e.forward, "forward", nil, "[udp:]PORT:PORT, reach a port of the appliance from its LAN side at a port of this machine's loopback")
 	f.StringVar(&e.words, "append", "", "further words for the kernel's command line")
-	if err := cmd.MarkFlagRequired("image"); err != nil {
-		panic(err) // the flag is defined above
-	}
 	cmd.MarkFlagsMutuallyExclusive("relay-line", "no-relay")
 	return cmd
 }

@@ -21,7 +21,7 @@ func TestEmulateRefuses(t *testing.T) {
 		want string
 		code int
 	}{
-		{"no image named", nil, `"image" not set`, hint.ExitFailure},
+		{"no image named", nil, "hint: farkeep-image emulate --help", hint.ExitUsage},
 		{"no such image", []string{"--image", image + ".none"}, "no such file", hint.ExitFailure},
 		{"not an image", []string{"--image", image}, "not a Farkeep card image", hint.ExitFailure},
 		{"ports without home", []string{"--image", image, "--serve", "22:127.0.0.1:22"}, "hint: name home's WireGuard configuration", hint.ExitUsage},

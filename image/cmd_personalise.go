@@ -33,7 +33,7 @@ the key servers have the new files. What to do there is printed.`,
 		Example: `  farkeep-image personalise --image farkeep.img --settings vault.farkeep.toml --out vault.img
   farkeep-image personalise --image farkeep.img --replace vault --dir my-site --out vault.img
   farkeep-image personalise --boot-partition /media/FARKEEP --settings vault.farkeep.toml`,
-		Args: cobra.NoArgs,
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if cmd.Flags().Changed("dir") && replace == "" {
 				return usage.Errorf("--dir goes with --replace; without it, --settings says all")
@@ -153,7 +153,7 @@ func personal(text []byte, a *settings.Appliance) sdcard.Personal {
 func readSettings(name string) ([]byte, *settings.Appliance, error) {
 	text, err := tomlfile.ReadText(name)
 	if err != nil {
-		return nil, nil, fmt.Errorf("read settings: %w", err)
+		return nil, nil, hint.Because(fmt.Errorf("read settings: %w", err), "farkeep-image site add appliance makes them: SITE/appliances/NAME/farkeep.toml")
 	}
 	if len(text) > tomlfile.MaxSize {
 		return nil, nil, hint.Exit(hint.ExitUsage, errors.New(name+" is larger than 1 MiB: not settings"))

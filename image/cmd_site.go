@@ -37,14 +37,14 @@ command makes a new identity for an old name, and every command may be run again
   farkeep-image site add appliance attic --board pi4 --relay-line 17 --relay-active low --dir my-site
   farkeep-image site add repository photos /srv/borg/photos --dir my-site
   farkeep-image site show --dir my-site`,
-		Args: cobra.NoArgs,
+		Args: usage.Args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	add := &cobra.Command{
 		Use:     "add",
 		Short:   "Add an appliance, a pusher, a key server or a repository to a site",
 		Example: "  farkeep-image site add appliance attic --board pi4 --dir my-site",
-		Args:    cobra.NoArgs,
+		Args:    usage.Args(cobra.NoArgs),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	add.AddCommand(newSiteAddApplianceCmd(env), newSiteAddPusherCmd(env), newSiteAddKeyServerCmd(env), newSiteAddRepositoryCmd(env))

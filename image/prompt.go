@@ -57,7 +57,7 @@ func (p *prompt) line(flag, question, fallback string) (string, error) {
 			return fallback, nil
 		}
 	}
-	return "", usage.Errorf("%s: no answer", flag)
+	return "", hint.Because(usage.Errorf("%s: no answer", flag), "give the flag, or run the command again: nothing was written")
 }
 
 // secret asks for something that is not shown while it is typed.

@@ -49,7 +49,7 @@ func newRootCmd(env *Env) *cobra.Command {
 		Example:       "  farkeep-image build --out farkeep.img\n  farkeep-image personalise --image farkeep.img --settings vault.farkeep.toml --out vault.img",
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
+		Args:          usage.Args(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetIn(env.Stdin)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -181,7 +182,7 @@ func only(found repository.Found, names []string) (repository.Found, error) {
 				all = append(all, r.Name)
 			}
 			slices.Sort(all)
-			return kept, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("there is no repository %q", name), "there are %v", all))
+			return kept, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("there is no repository %q", name), "there are %s", strings.Join(all, ", ")))
 		}
 	}
 	return kept, nil

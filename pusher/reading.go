@@ -130,7 +130,7 @@ func (at *places) sources(r *reading, names []string, env *Env, log *slog.Logger
 	}
 	for _, name := range names {
 		if !slices.Contains(known, name) {
-			return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), "one of %v, or a folder: ./NAME", known))
+			return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), "one of %s, or a folder: ./NAME", strings.Join(known, ", ")))
 		}
 	}
 	if len(all) > 1 && r.address != "" {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -238,7 +239,7 @@ func (at *places) targets(me *self, names []string, memory *repository.Memory, e
 	}
 	for _, name := range names {
 		if !slices.Contains(known, name) {
-			return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), "one of %v", known))
+			return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), "one of %s", strings.Join(known, ", ")))
 		}
 	}
 	if len(all) == 0 {

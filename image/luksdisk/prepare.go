@@ -65,7 +65,7 @@ func BackupFile(uuid string) string { return uuid + ".luks-header" }
 func (r *Request) appliance() (*site.Appliance, error) {
 	a, ok := r.Site.Site().Appliance(r.Appliance)
 	if !ok {
-		return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s has no appliance %q", r.Site.SitePath(), r.Appliance), "farkeep-image site add appliance %s --dir %s", r.Appliance, r.Site.Path()))
+		return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s has no appliance %q", r.Site.SitePath(), r.Appliance), "farkeep-image site show --dir %s lists them; site add appliance adds one", r.Site.Path()))
 	}
 	return a, nil
 }

@@ -4,9 +4,13 @@
 package usage
 
 import (
+	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"farkeep/shared/hint"
 )
@@ -17,8 +21,13 @@ func Args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error { return Flags(cmd, check(cmd, args)) }
 }
 
-// Flags is a root command's FlagErrorFunc. It returns nil for a nil err.
+// Flags is a root command's FlagErrorFunc. It returns nil for a nil err. What is
+// not a number is told in words, where pflag would name a function of Go.
 func Flags(cmd *cobra.Command, err error) error {
+	var bad *pflag.InvalidValueError
+	if errors.As(err, &bad) && errors.Is(err, strconv.ErrSyntax) && strings.HasPrefix(bad.GetFlag().Value.Type(), "int") {
+		err = fmt.Errorf("--%s: %q is not a whole number", bad.GetFlag().Name, bad.GetValue())
+	}
 	return hint.Exit(hint.ExitUsage, hint.Because(err, "%s --help", cmd.CommandPath()))
 }
 

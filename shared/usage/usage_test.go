@@ -43,6 +43,23 @@ func TestMistakes(t *testing.T) {
 	}
 }
 
+func TestNumbers(t *testing.T) {
+	for value, want := range map[string]string{
+		"--rate=1M":                   `--rate: "1M" is not a whole number`,
+		"--rate=99999999999999999999": `invalid argument "99999999999999999999" for "--rate" flag: strconv.ParseInt: parsing "99999999999999999999": value out of range`,
+		"--json=perhaps":              `invalid argument "perhaps" for "--json" flag: strconv.ParseBool: parsing "perhaps": invalid syntax`,
+	} {
+		root := &cobra.Command{Use: "prog", SilenceUsage: true, SilenceErrors: true, RunE: func(*cobra.Command, []string) error { return nil }}
+		root.Flags().Int64("rate", 0, "")
+		root.Flags().Bool("json", false, "")
+		root.SetFlagErrorFunc(usage.Flags)
+		root.SetArgs([]string{value})
+		if err := root.Execute(); err == nil || err.Error() != want || hint.Of(err) != "prog --help" {
+			t.Errorf("%s: %v, hint %q", value, err, hint.Of(err))
+		}
+	}
+}
+
 func TestErrorf(t *testing.T) {
 	cause := errors.New("no number")
 	err := usage.Errorf("--size: %w", cause)
