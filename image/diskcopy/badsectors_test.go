@@ -28,6 +28,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -456,6 +457,49 @@ func TestBadSectorsInLists(t *testing.T) {
 	// An ordinary copy of such a disk says so before it begins.
 	if _, err := diskcopy.Copy(t.Context(), old, newDisk(t), diskcopy.Options{}); err == nil || !strings.Contains(err.Error(), "docs: its folder cannot be read to its end") {
 		t.Error(err)
+	}
+}
+
+// TestHiddenGenerations: generations whose names are lost come back by docs/disk.md:
+// e2fsck on the image hangs them into lost+found, and they say what they are.
+func TestHiddenGenerations(t *testing.T) {
+	image, tree, _, where := oldImage(t)
+	device := (&dying{image: image, bad: map[int64]bool{where.folders["generations/docs"][0]: true}}).attach(t)
+	rescued := rescue(t, device)
+	if out, err := exec.Command("e2fsck", "-fy", rescued).CombinedOutput(); err != nil {
+		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() > 2 {
+			t.Fatalf("e2fsck (package e2fsprogs): %v\n%s", err, out)
+		}
+	}
+	device = tool(t, "mount", "losetup", "--find", "--show", rescued)
+	t.Cleanup(func() { tool(t, "mount", "losetup", "--detach", device) })
+	folder := t.TempDir()
+	if err := unix.Mount(device, folder, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(folder, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	hidden, err := filepath.Glob(folder + "/lost+found/*/generation.toml")
+	if err != nil || len(hidden) != 5 {
+		t.Fatalf("found again: %q, %v", hidden, err)
+	}
+	for _, list := range hidden {
+		var g struct {
+			Sequence  int64
+			Committed time.Time
+		}
+		if err := toml.Unmarshal(content(t, list), &g); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(filepath.Dir(list), filepath.Join(folder, "generations/docs", generations.Name(g.Sequence, g.Committed))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if lost := salvaged(t, tree, folder); len(lost) != 0 {
+		t.Errorf("lost: %q", lost)
 	}
 }
 
