@@ -312,7 +312,7 @@ func unmount(t *testing.T, disk, image string) {
 func TestPowerCutAtAnyInstant(t *testing.T) {
 	var last int64
 	kept := 0
-	cutPower(t, 10, "", nil, func(image string, said []string) {
+	cutPower(t, 10, "0", nil, func(image string, said []string) {
 		day, some := afterCut(t, image, said)
 		last = day
 		if some {
