@@ -16,7 +16,9 @@
 //
 // A copy stops at the first file that cannot be copied. With [Options.Salvage] it
 // goes on: what cannot be read, or is not what it should be, is left out and
-// named, and taken from any other copy of the same content on the disk.
+// named, and taken from any other copy of the same content on the disk. A generation
+// of which no list can be read comes over as the disk shows it, and that is told;
+// so is a folder that hides whole generations.
 //
 // Nobody else may use either disk meanwhile. It leaves mounting to its caller.
 package diskcopy

@@ -214,7 +214,7 @@ func (w *work) lists(src *beneath.Dir) (each func(func(item) error) error, good 
 		return func(take func(item) error) error { return second(w.eachSum(src, take)) }, good, err
 	}
 	good[generations.SumsFile] = false
-	w.bare = true
+	w.bare, w.done = true, 0
 	if err := w.leaveOut(damaged.err, generations.SumsFile); err != nil {
 		return nil, nil, err
 	}
@@ -755,7 +755,11 @@ func (w *work) flush(always bool) error {
 		}
 	}
 	w.fresh, w.bytes, w.since = w.fresh[:0], 0, time.Now()
-	if err := w.writeMark(mark{Repository: w.repository, Generation: w.g.Name, Items: w.item}); err != nil {
+	m := mark{Repository: w.repository, Generation: w.g.Name, Items: w.item}
+	if w.bare {
+		m.Items = 0 // a later run that can read a list must not believe what this one could not compare
+	}
+	if err := w.writeMark(m); err != nil {
 		return &targetError{err}
 	}
 	w.tell()
