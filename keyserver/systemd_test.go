@@ -57,7 +57,7 @@ func TestUnderSystemd(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			for dir := s.dir; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) {
+			for dir := s.dir; dir != filepath.Clean(os.TempDir()) && dir != "/"; dir = filepath.Dir(dir) {
 				if err := os.Chmod(dir, 0o755); err != nil {
 					t.Fatal(err)
 				}

@@ -130,7 +130,8 @@ func (d *desk) printVoids(a *site.Appliance, t *tunnel, done bool) {
 			account = m.From
 		}
 		p("Mail password of %s at %s: it sends mail in your name.", account, m.Server)
-		p("  Change it at the provider, then: farkeep-image site mail-password, and farkeep-image personalise for the other appliances.")
+		p("  Change it at the provider, then, on the laptop: farkeep-image site init my-site --mail-password-file FILE,")
+		p("  write the other appliances' cards anew (farkeep-image personalise), and put it into each key server's mail_password.")
 		p("")
 	}
 	p("A new card for the same appliance gets new keys of all these kinds: docs/operations.md.")

@@ -118,7 +118,8 @@ func TestRevokeVoids(t *testing.T) {
 
 	// Printed only.
 	out := run("revoke", "attic", "--reason", "stolen", "--wait", "0", "--wg-conf", conf)
-	expect(out, "wg set farkeep peer "+attic.VPNKey+" remove", conf, "SSH client key SHA256:", "SSH host key SHA256:", "ks at 127.0.0.1:1")
+	expect(out, "wg set farkeep peer "+attic.VPNKey+" remove", conf, "SSH client key SHA256:", "SSH host key SHA256:", "ks at 127.0.0.1:1",
+		"farkeep-image site init my-site --mail-password-file FILE") // the command of docs/operations.md
 	if got := strings.Fields(wg("show", "farkeep", "peers")); len(got) != 2 {
 		t.Errorf("peers: %v", got)
 	}
