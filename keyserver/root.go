@@ -117,6 +117,9 @@ func (p *places) mail(s *site.Site) (settings.Mail, error) {
 	}
 	path := filepath.Join(p.secrets, "mail_password")
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrPermission) {
+		return settings.Mail{}, hint.Because(fmt.Errorf("read the mail password: %w", err), "run it as root, or as the user of the service")
+	}
 	if err != nil {
 		return settings.Mail{}, hint.Because(fmt.Errorf("read the mail password: %w", err), "copy mail_password from the site folder (keyserver-NAME)")
 	}

@@ -56,6 +56,9 @@ type Store struct {
 // Open checks the folder.
 func Open(dir string) (*Store, error) {
 	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, hint.Because(fmt.Errorf("open the keys folder: %w", err), "run it as root, or as the user of the service")
+	}
 	if err != nil {
 		return nil, hint.Because(fmt.Errorf("open the keys folder: %w", err), "make it: install -d -m 0700 %s", dir)
 	}

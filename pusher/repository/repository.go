@@ -110,7 +110,7 @@ func (f *Found) named(mounts mountTable, r site.Repository) error {
 			return err
 		}
 	default:
-		return hint.Because(err, `run "borg check %s"`, path)
+		return unreadable(err, path)
 	}
 	f.Repositories = append(f.Repositories, found)
 	return nil
@@ -148,7 +148,9 @@ func (f *Found) folder(mounts mountTable, s site.Folder) error {
 			continue
 		}
 		name := s.Prefix + e.Name()
-		if err == nil {
+		if err != nil {
+			err = unreadable(err, path)
+		} else {
 			err = pushwire.CheckRepository(name)
 		}
 		if err != nil {
@@ -158,6 +160,18 @@ func (f *Found) folder(mounts mountTable, s site.Folder) error {
 		f.Repositories = append(f.Repositories, Repository{Name: name, Path: path, Kind: pushwire.KindBorg1, ID: borg.ID, Folder: s.Path, MountedAt: mounts.mountOf(path, at)})
 	}
 	return nil
+}
+
+// unreadable says what to do about a repository at path that could not be read. A
+// hint that err has already stays.
+func unreadable(err error, path string) error {
+	switch {
+	case hint.Of(err) != "":
+		return err
+	case errors.Is(err, fs.ErrPermission):
+		return hint.Because(err, "run it as the owner of the repositories, or as root")
+	}
+	return hint.Because(err, `run "borg check %s"`, path)
 }
 
 // refuseTwins takes out repositories that share a name: one would overwrite the

@@ -3,6 +3,7 @@ package repository
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -282,4 +283,20 @@ func FuzzParseMounts(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestUnreadable(t *testing.T) {
+	denied := &fs.PathError{Op: "open", Path: "/srv/borg/photos/config", Err: syscall.EACCES}
+	for _, tt := range []struct {
+		err  error
+		want string
+	}{
+		{denied, "run it as the owner of the repositories, or as root"},
+		{errors.New("no id"), `run "borg check /srv/borg/photos"`},
+		{hint.Because(denied, "its own"), "its own"},
+	} {
+		if got := unreadable(tt.err, "/srv/borg/photos"); hint.Of(got) != tt.want || !errors.Is(got, tt.err) {
+			t.Errorf("%v: hint %q, want %q", got, hint.Of(got), tt.want)
+		}
+	}
 }
