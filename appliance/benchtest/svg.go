@@ -84,6 +84,8 @@ func draw(file, title string, blocks []block) Plot {
 		fmt.Fprintf(&b, `<text class="%s" x="%d" y="%d">%s</text>`+"\n", class, x, y, html.EscapeString(s))
 	}
 	text("title", 12, y, title)
+	y += 18
+	text("note", 12, y, "Bars are medians, thin lines the least and the most. Each block has a scale of its own.")
 	for _, block := range blocks {
 		y += headGap
 		text("head", 12, y, block.title)
@@ -122,7 +124,7 @@ func draw(file, title string, blocks []block) Plot {
 <title>%s</title>
 <style>
 .page{fill:#fff}text{font:12px sans-serif;fill:#222}.title{font-size:16px;font-weight:bold}.head{font-weight:bold}
-.name{text-anchor:end}.bar{fill:#9ab}.own{fill:#c60}.spread{stroke:#222;stroke-width:1;fill:none}
+.note{font-size:11px}.name{text-anchor:end}.bar{fill:#9ab}.own{fill:#c60}.spread{stroke:#222;stroke-width:1;fill:none}
 @media(prefers-color-scheme:dark){.page{fill:#161616}text{fill:#ddd}.bar{fill:#567}.own{fill:#e82}.spread{stroke:#ddd}}
 </style>
 <rect class="page" width="%d" height="%d"/>
