@@ -107,9 +107,9 @@ func (s *wideServer) open() int {
 // until waits for a state of the other side that nothing announces.
 func until(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for limit := time.Now().Add(20 * time.Second); !is(); time.Sleep(time.Millisecond) {
+	for limit := time.Now().Add(2 * time.Minute); !is(); time.Sleep(time.Millisecond) {
 		if time.Now().After(limit) {
-			t.Fatalf("not within 20 s: %s", what)
+			t.Fatalf("not within two minutes: %s", what)
 		}
 	}
 }
@@ -283,13 +283,16 @@ func TestForeignStripes(t *testing.T) {
 // Nobody keeps stripes that he does not use: the server closes them, and the
 // connection of a peer that does not follow.
 func TestUnusedStripes(t *testing.T) {
-	s := newWideServer(t, Limits{Stripes: 4, Handshake: 500 * time.Millisecond, Grace: 50 * time.Millisecond})
+	s := newWideServer(t, Limits{Stripes: 4, Handshake: 2 * time.Second, Grace: time.Minute})
 	c := s.dial(t)
 	c.Widen(4)
-	until(t, "4 stripes are open", func() bool { return s.open() == 4 })
+	for _, o := range c.opening {
+		if <-o.ready; o.channel == nil {
+			t.Fatal("a stripe was not opened")
+		}
+	}
 	until(t, "all stripes are closed", func() bool { return s.open() == 0 })
 	for _, o := range c.opening {
-		<-o.ready
 		if _, err := o.channel.Write([]byte("x")); !errors.Is(err, io.EOF) {
 			t.Errorf("a stripe that the server has closed: %v", err)
 		}
@@ -300,6 +303,7 @@ func TestUnusedStripes(t *testing.T) {
 	}
 
 	line := &deadLine{}
+	s = newWideServer(t, Limits{Stripes: 4, Handshake: 2 * time.Second, Grace: 50 * time.Millisecond})
 	mute := s.dial(t, func(p *Peer) {
 		p.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
@@ -308,7 +312,9 @@ func TestUnusedStripes(t *testing.T) {
 		}
 	})
 	mute.Widen(4)
-	until(t, "4 stripes are open", func() bool { return s.open() == 4 })
+	for _, o := range mute.opening {
+		<-o.ready
+	}
 	line.dead.Store(true)
 	until(t, "the connection is closed", func() bool { return s.open() == 0 })
 }
