@@ -466,11 +466,17 @@ func (d *Dir) AddKeyServer(name string, address netip.AddrPort) (*Report, error)
 			return err
 		}
 		k := site.KeyServer{Name: name, Address: address.String(), HostKey: hostKey}
-		if home := doc.Site().Home; home.VPNKey != "" && address.Addr() != home.VPNAddress {
+		if home := doc.Site().Home; home.VPNKey != "" && address.Addr() != home.VPNAddress && !inTailscale(address.Addr()) {
 			k.Place = site.PlaceOthers // the tunnels end at home: only there is it seen from where they come
 		}
 		return doc.AddKeyServer(k)
 	})
+}
+
+// inTailscale reports whether an address is one that Tailscale gives out
+// (tailscale.com/kb/1015): there every machine sees every other by itself.
+func inTailscale(a netip.Addr) bool {
+	return netip.MustParsePrefix("100.64.0.0/10").Contains(a) || netip.MustParsePrefix("fd7a:115c:a1e0::/48").Contains(a)
 }
 
 // AddRepository adds a repository; one that is there already is left alone.

@@ -323,6 +323,23 @@ func TestHandEditsOfSettingsSurvive(t *testing.T) {
 	}
 }
 
+// A key server that is not where the tunnels end asks the one that is.
+func TestWhereAKeyServerSeesPlaces(t *testing.T) {
+	d := complete(t)
+	for address, want := range map[string]string{
+		"10.77.0.9:4022": site.PlaceOthers, "192.168.1.7:4022": site.PlaceOthers,
+		"10.77.0.1:4122": "", "100.101.102.103:4022": "", "[fd7a:115c:a1e0::7]:4022": "",
+	} {
+		name := "ks" + strings.Trim(strings.NewReplacer(".", "", ":", "", "[", "", "]", "").Replace(address), "-")
+		_, err := d.AddKeyServer(name, netip.MustParseAddrPort(address))
+		check(t, err)
+		all := d.Site().KeyServers
+		if k := all[len(all)-1]; k.Name != name || k.Place != want {
+			t.Errorf("%s: %+v; want place %q", address, k, want)
+		}
+	}
+}
+
 // A run may be cut short after any file: the next completes the site, and what
 // was there keeps its identity.
 func TestInterruptedRuns(t *testing.T) {
