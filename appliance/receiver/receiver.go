@@ -29,6 +29,7 @@ import (
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
 	"farkeep/shared/hint"
+	"farkeep/shared/pushwire"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
 	"farkeep/shared/sshverb"
@@ -117,6 +118,7 @@ func Run(ctx context.Context, env *part.Env) error {
 		Authorise:  r.authorise,
 		Exec:       r.exec,
 		Subsystems: map[string]sshverb.Handler{"sftp": r.sftp},
+		Knows:      []string{pushwire.KnowsEnding},
 		Limits:     sshverb.Limits{Stripes: stripes},
 		Log:        env.Log,
 	}

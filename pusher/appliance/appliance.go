@@ -311,7 +311,7 @@ func (a *Appliance) finish(ctx context.Context, client *sshverb.Client, push str
 	if err := send(d, write); err != nil {
 		return done, err
 	}
-	commit := end.Commit()
+	commit := client.Knows(pushwire.KnowsEnding) && end.Commit()
 	if commit {
 		if done.Beaten, err = sendEnding(d, push, end); err != nil {
 			return done, err
@@ -332,14 +332,8 @@ func (a *Appliance) finish(ctx context.Context, client *sshverb.Client, push str
 	}
 	end.Uploaded(answer)
 	var committed pushwire.CommitAnswer
-	err = pushwire.ReadLine(r, &committed)
-	if errors.Is(err, io.EOF) && !errors.Is(err, pushwire.ErrLine) {
-		// An appliance that is older than this pusher ends the verb here, with success.
-		done.Beaten = false
-		return done, d.Wait()
-	}
-	if err != nil {
-		return done, broken(d, err)
+	if err := receive(d, r, &committed); err != nil {
+		return done, err
 	}
 	done.Commit = &committed
 	if !done.Beaten {

@@ -40,11 +40,18 @@ func newSigner(t *testing.T) ssh.Signer {
 // start serves verbs as an appliance would, and returns the pusher's view of it.
 func start(t *testing.T, exec sshverb.Handler) *appliance.Appliance {
 	t.Helper()
+	return startKnowing(t, exec)
+}
+
+// startKnowing starts one that can do more than the oldest.
+func startKnowing(t *testing.T, exec sshverb.Handler, words ...string) *appliance.Appliance {
+	t.Helper()
 	host, identity := newSigner(t), newSigner(t)
 	server := &sshverb.Server{
 		HostKey:   host,
 		Authorise: func(ssh.PublicKey, net.Addr) (*ssh.Permissions, error) { return &ssh.Permissions{}, nil },
 		Exec:      exec,
+		Knows:     words,
 		Log:       slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -184,11 +191,12 @@ func TestRefusalInTheMiddleOfAnUpload(t *testing.T) {
 }
 
 // What follows an upload is one line, and its answers are lines. An appliance that
-// ends the verb after the upload is older, and did nothing else.
+// does not say that it knows such a line gets none.
 func TestFinish(t *testing.T) {
 	const uploaded, committed = `{"files":1,"bytes":3,"took":1,"waited":1}` + "\n", `{"generation":"000001-x"}` + "\n"
 	tests := []struct {
 		name         string
+		older        bool
 		answers      string
 		end          error
 		repositories int
@@ -199,17 +207,23 @@ func TestFinish(t *testing.T) {
 	}{
 		{name: "all", answers: uploaded + committed + "{}\n", repositories: 1, wantCommit: true, wantBeat: true},
 		{name: "more repositories than a line holds", answers: uploaded + committed, repositories: 1000, wantCommit: true},
-		{name: "an older appliance", answers: uploaded, repositories: 1},
+		{name: "an older appliance", older: true, answers: uploaded, repositories: 1},
+		{name: "an older appliance refuses the upload", older: true, end: sshverb.Refuse(nil, "a wrong file"), repositories: 1, wantErr: "a wrong file"},
 		{name: "the upload is refused", end: sshverb.Refuse(nil, "a wrong file"), repositories: 1, wantErr: "a wrong file"},
 		{name: "the commit is refused", answers: uploaded, end: sshverb.Refuse(nil, "files are missing"), repositories: 1, wantErr: "files are missing"},
 		{name: "the heartbeat is refused", answers: uploaded + committed, end: sshverb.Refuse(nil, "not true"), repositories: 1, wantCommit: true, wantBeat: true, wantBeatErr: "not true"},
+		{name: "no word of the commit", answers: uploaded, repositories: 1, wantErr: "without an answer"},
 		{name: "no word of the heartbeat", answers: uploaded + committed, repositories: 1, wantCommit: true, wantBeat: true, wantBeatErr: "without an answer"},
 		{name: "half an answer", answers: uploaded + committed[:9], repositories: 1, wantErr: "not an expected line"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			got := make(chan string, 1)
-			a := start(t, func(_ context.Context, s *sshverb.Session) error {
+			words := []string{"something", pushwire.KnowsEnding}
+			if tt.older {
+				words = []string{"notthe" + pushwire.KnowsEnding}
+			}
+			a := startKnowing(t, func(_ context.Context, s *sshverb.Session) error {
 				all, err := io.ReadAll(s.Stdin)
 				if err != nil {
 					return err
@@ -217,7 +231,7 @@ func TestFinish(t *testing.T) {
 				got <- string(all)
 				io.WriteString(s.Stdout, tt.answers)
 				return tt.end
-			})
+			}, words...)
 			beat := pushwire.Heartbeat{Host: "home"}
 			for range tt.repositories {
 				beat.Repositories = append(beat.Repositories, pushwire.RepositoryDigest{Name: "photos", Digest: strings.Repeat("0", 64)})
@@ -237,6 +251,12 @@ func TestFinish(t *testing.T) {
 				t.Errorf("got %+v, %v; want %+v", done, err, tt)
 			}
 			line, ok := strings.CutPrefix(<-got, "the stream")
+			if tt.older {
+				if !ok || line != "" {
+					t.Errorf("behind the stream came %.200q", line)
+				}
+				return
+			}
 			var ending pushwire.Ending
 			if err := pushwire.ReadLine(pushwire.NewReader(strings.NewReader(line)), &ending); err != nil || !ok || ending.Commit != "photos/1" || (ending.Heartbeat != nil) != (tt.repositories == 1) {
 				t.Errorf("behind the stream came %.200q, %v", line, err)

@@ -74,8 +74,8 @@ type Finisher interface {
 
 // Ending is what follows an upload. Its functions are called by whoever called Finish.
 type Ending struct {
-	// Commit is asked once, after the last byte went out and before the upload is
-	// answered: may the push be committed? If not, Finish is an Upload.
+	// Commit is asked once at most, after the last byte went out and before the upload
+	// is answered: may the push be committed? If not, Finish is an Upload.
 	Commit func() bool
 	// Heartbeat makes the one to send behind the commit; nil: none.
 	Heartbeat func() pushwire.Heartbeat

@@ -101,10 +101,13 @@ type UploadAnswer struct {
 	Waited time.Duration `json:"waited"`
 }
 
+// KnowsEnding is a word of sshverb.Server.Knows.
+const KnowsEnding = "ending"
+
 // Ending may follow the stream of an upload: what is to be done once all of it is
 // there, so that nobody waits for the upload's answer before asking for it. It is
-// carried out in order and ends with the first error. An appliance that does not
-// know it answers the upload, and ends the verb.
+// carried out in order and ends with the first error. It is sent only to an appliance
+// whose SSH version says KnowsEnding: an older one may end the verb in the middle of it.
 type Ending struct {
 	Commit string `json:"commit"` // the push, again
 	// Heartbeat is judged after the commit, and not at all if that is refused.

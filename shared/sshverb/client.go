@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -77,7 +78,7 @@ func Dial(ctx context.Context, p Peer) (*Client, error) {
 		User:              p.User,
 		Auth:              []ssh.AuthMethod{ssh.PublicKeys(p.Identity)},
 		HostKeyAlgorithms: []string{ssh.KeyAlgoED25519},
-		ClientVersion:     "SSH-2.0-Farkeep",
+		ClientVersion:     version,
 		HostKeyCallback: func(_ string, _ net.Addr, key ssh.PublicKey) error {
 			if !bytes.Equal(key.Marshal(), p.HostKey.Marshal()) {
 				return fmt.Errorf("%w: it shows %s, on record is %s", ErrHostKey, ssh.FingerprintSHA256(key), ssh.FingerprintSHA256(p.HostKey))
@@ -115,6 +116,12 @@ func dialError(p Peer, err, expired error) error {
 	default:
 		return hint.Exit(hint.ExitUnreachable, wrapped)
 	}
+}
+
+// Knows says whether word is among the peer's [Server.Knows]. That costs no exchange.
+func (c *Client) Knows(word string) bool {
+	_, words, _ := strings.Cut(string(c.conn.ServerVersion()), " ")
+	return slices.Contains(strings.Fields(words), word)
 }
 
 // Close ends the connection and everything in it.

@@ -11,6 +11,7 @@ import (
 	"net"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -79,8 +80,11 @@ type Server struct {
 	Subsystems map[string]Handler
 	// LogArgs says what of a verb's arguments may be logged; nil for all of them.
 	LogArgs func(verb string, args []string) []string
-	Limits  Limits
-	Log     *slog.Logger
+	// Knows are words, letters only, for what this server can do and older ones cannot.
+	// They are told to everyone who connects, see [Client.Knows].
+	Knows  []string
+	Limits Limits
+	Log    *slog.Logger
 
 	mu      sync.Mutex
 	perKey  map[string]int // connections by the key's wire form
@@ -154,7 +158,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	config := &ssh.ServerConfig{
 		Config:        algorithms(),
 		MaxAuthTries:  4,
-		ServerVersion: "SSH-2.0-Farkeep",
+		ServerVersion: strings.Join(append([]string{version}, s.Knows...), " "),
 		// An unknown key and a known one of another appliance look the same.
 		PublicKeyAuthAlgorithms: []string{ssh.KeyAlgoED25519, ssh.KeyAlgoSKED25519},
 	}

@@ -19,6 +19,10 @@ import (
 	"farkeep/shared/hint"
 )
 
+// version begins what both sides send first. A server adds its [Server.Knows], as the
+// comments of RFC 4253 §4.2.
+const version = "SSH-2.0-Farkeep"
+
 // MaxVerbLine bounds an exec request, in bytes.
 const MaxVerbLine = 4096
 
