@@ -53,6 +53,10 @@ of this machine: to be sure, give the disks new keys (farkeep-image disk rekey).
 				return err
 			}
 			if newIdentity != "" {
+				// Who mistyped a folder is not left with an identity that opens nothing.
+				if _, err := keystore.Open(where.keysDir()); err != nil {
+					return err
+				}
 				made, recipient, err := makeIdentity(env, newIdentity, passphrase)
 				if err != nil {
 					return err

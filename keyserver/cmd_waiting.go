@@ -117,11 +117,11 @@ func newApproveCmd(env *Env, where *places) *cobra.Command {
 		Use:   "approve NAME|ID",
 		Short: "Give a waiting appliance its key, once",
 		Long: fmt.Sprintf(`Let exactly one key through: the appliance's next request that is like the one that
-waits, from the same place and with the same token, within %v. The new place is then
+waits, from the same place and with the same token, within %.0f hours. The new place is then
 known, and the token is new. NAME will do where one request of it waits. Other key
 servers are not told: each asks for itself.
 
-Ask yourself before: is it you, or somebody you trust, who moved or replaced it?`, policy.ApprovalTime),
+Ask yourself before: is it you, or somebody you trust, who moved or replaced it?`, policy.ApprovalTime.Hours()),
 		Example: `  farkeep-keyserver approve attic --reason "moved to the new flat, I asked them"`,
 		Args:    usage.Args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
