@@ -16,6 +16,7 @@ import (
 	"farkeep/appliance/localcall"
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
+	"farkeep/image/freeport"
 	"farkeep/shared/identity"
 	"farkeep/shared/secret"
 	"farkeep/shared/settings"
@@ -67,12 +68,11 @@ func newIdentity(b testing.TB, name string) (private secret.Text, public string)
 // freePort is a TCP port of the loopback interface that nobody uses.
 func freePort(b testing.TB) int {
 	b.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.TCP()
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	return int(port)
 }
 
 // startAppliance runs bin's parts below dir, with a disk of that size (in
@@ -122,6 +122,13 @@ func startApplianceOn(b testing.TB, dir, bin string, mount func(disk string), ke
 	await(b, "the keeper has the disk", func() bool {
 		k, err := status.Read[status.Keeper](a.paths.Status(part.Keeper))
 		return err == nil && k != nil && k.DiskReady
+	})
+	await(b, "the keeper listens", func() bool {
+		c, err := net.Dial("unix", a.paths.Socket(part.Keeper))
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
 	})
 	await(b, "the receiver listens", func() bool {
 		r, err := status.Read[status.Receiver](a.paths.Status(part.Receiver))

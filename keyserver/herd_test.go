@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/image/freeport"
 	"farkeep/shared/identity"
 	"farkeep/shared/settings"
 	"farkeep/shared/site"
@@ -46,10 +47,9 @@ func newHerd(t testing.TB, size int) *herd {
 	}
 	dir := t.TempDir()
 	h := &herd{aSite: &aSite{dir: dir, env: &testscript.Env{WorkDir: dir, Vars: os.Environ()}}}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.TCP()
 	must(err)
-	address := l.Addr().String()
-	must(l.Close())
+	address := fmt.Sprintf("127.0.0.1:%d", port)
 	h.env.Setenv("ADDRESS", address)
 	newKey := func() (ssh.Signer, string, []byte) {
 		private, public, err := identity.New("x")

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/image/freeport"
 	"farkeep/shared/identity"
 	"farkeep/shared/keywire"
 	"farkeep/shared/settings"
@@ -84,12 +85,11 @@ func setup(env *testscript.Env) error {
 		failed = errors.Join(failed, err)
 		return public
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	free, err := freeport.TCP()
 	if err != nil {
 		return err
 	}
-	address := l.Addr().String()
-	l.Close()
+	address := fmt.Sprintf("127.0.0.1:%d", free)
 	host := newKey("host")
 	s := &site.Site{
 		Name:       "home",

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/image/freeport"
 	"farkeep/keyserver/policy"
 	"farkeep/shared/identity"
 )
@@ -21,10 +21,9 @@ func TestRevokeOnEveryKeyServer(t *testing.T) {
 	k := prepareKilling(t)
 	private, public, err := identity.New("cellar")
 	k.check(err)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.TCP()
 	k.check(err)
-	cellar := l.Addr().String()
-	l.Close()
+	cellar := fmt.Sprintf("127.0.0.1:%d", port)
 	for _, err := range []error{
 		os.MkdirAll(filepath.Join(k.dir, "cellar", "keys"), 0o700),
 		os.WriteFile(filepath.Join(k.dir, "cellar", "ssh_host_key"), []byte(private.Reveal()), 0o600),

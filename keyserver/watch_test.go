@@ -2,8 +2,8 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"farkeep/image/freeport"
 	"farkeep/shared/courier/couriertest"
 	"farkeep/shared/hint"
 	"farkeep/shared/keywire"
@@ -41,10 +42,9 @@ func TestServeMailsAndCounts(t *testing.T) {
 	if out, err := k.command("add", shedDisk, "--key-file", "disk.key").CombinedOutput(); err != nil {
 		t.Fatalf("add: %v: %s", err, out)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.TCP()
 	k.check(err)
-	shown := l.Addr().String()
-	l.Close()
+	shown := fmt.Sprintf("127.0.0.1:%d", port)
 	kill := k.serveWith("--metrics", shown)
 	defer kill()
 

@@ -1,7 +1,8 @@
 // Package freeport finds ports of the loopback for servers that are started later, by
 // a program that must be told its port. They stay free: the kernel gives none of them
 // to a socket that takes any port, as every connection to another server does. Only
-// who asks for that very number can come in between.
+// who asks for that very number can come in between. Nor can a client that tries again
+// until its server is there be connected with itself.
 package freeport
 
 import (

@@ -611,7 +611,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 	served := 0
 	for _, conn := range open {
-		f.check(conn.SetReadDeadline(time.Now().Add(10 * time.Second)))
+		f.check(conn.SetReadDeadline(time.Now().Add(time.Minute)))
 		b := make([]byte, 16)
 		if n, _ := conn.Read(b); n > 0 {
 			served++
@@ -654,7 +654,7 @@ func TestOpenSSH(t *testing.T) {
 	hosts := write("known_hosts", fmt.Sprintf("[127.0.0.1]:%s %s\n", port, identity.Line(f.host.PublicKey(), "")))
 	run := func(id string, words ...string) (stdout, stderr []byte, code int) {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, sshPath, append([]string{"-F", "/dev/null", "-T", "-i", id, "-o", "IdentitiesOnly=yes",
 			"-o", "UserKnownHostsFile=" + hosts, "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-p", port, "ks@127.0.0.1"}, words...)...)
