@@ -194,7 +194,7 @@ func (c *Config) appliance(ctx context.Context, a *site.Appliance, r *Report, li
 			r.problem(fmt.Errorf("%s: %s %s: %w", a.Name, g.Repository, g.Name, err), "farkeep-pusher restore tries all of it; ssh ... verify has the appliance read it")
 			continue
 		}
-		c.Said(Step{a.Name + ": " + g.Repository, time.Since(began), fmt.Sprintf("%s: %d of %d files, %d of %d bytes, all as at the source", g.Name, n, g.Entries, bytes, g.Bytes)})
+		c.Said(Step{a.Name + ": " + g.Repository, time.Since(began), fmt.Sprintf("%s: %d files drawn by lot, %d of %d bytes, all as at the source", g.Name, n, bytes, g.Bytes)})
 	}
 	return nil
 }
