@@ -256,6 +256,24 @@ func TestPushOverSSH(t *testing.T) {
 	})
 }
 
+// An upload that is refused while most of it is still to come ends with the reason,
+// however much of it is on its way then.
+func TestRefusalInAnUploadIsHeard(t *testing.T) {
+	a := startAppliance(t, benchDir(t), program(t), "64m")
+	to := a.client(t, &line{})
+	must(t, to.Wake(t.Context()))
+	rest := noise(1, 12<<20)
+	for range 8 {
+		s := source{"a": "what was offered", "b": rest}
+		answer, err := s.offer(t, to, "photos")
+		must(t, err)
+		s["a"] = "what is sent now"
+		if _, err := s.upload(t, to, answer); err == nil || target.Temporary(err) || !strings.Contains(err.Error(), "photos") {
+			t.Fatalf("a wrong file ended its upload with %v", err)
+		}
+	}
+}
+
 // packets is a line that is cut at one of the packets that go either way.
 type packets struct {
 	seen  atomic.Int64

@@ -150,11 +150,15 @@ func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, a
 		// The keeper knows when it waits for the peer and for how long it may: an
 		// offer that it thinks about for minutes is not the peer's stall.
 		go func() {
-			if _, err := io.CopyBuffer(call, counted{s.Patient(), &u.moved}, make([]byte, relayBuffer)); err != nil {
+			peer := &peerInput{from: counted{s.Patient(), &u.moved}}
+			_, err := io.CopyBuffer(call, peer, make([]byte, relayBuffer))
+			switch {
+			case err == nil:
+				call.CloseWrite()
+			case peer.failed:
 				call.Close() // half an upload must not look like a whole one
-				return
 			}
-			call.CloseWrite()
+			// Else it is the keeper that takes no more: its reason is on the way.
 		}()
 	} else {
 		call.CloseWrite()
@@ -178,6 +182,20 @@ func (r *receiver) relay(ctx context.Context, s *sshverb.Session, name string, a
 			return nil
 		}
 	}
+}
+
+// peerInput tells whether it was the peer's side that failed.
+type peerInput struct {
+	from   io.Reader
+	failed bool
+}
+
+func (p *peerInput) Read(b []byte) (int, error) {
+	n, err := p.from.Read(b)
+	if err != nil && !errors.Is(err, io.EOF) {
+		p.failed = true
+	}
+	return n, err
 }
 
 // sftp serves the generations to restore and admin keys, and to push keys, by the
