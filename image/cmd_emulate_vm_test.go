@@ -79,7 +79,7 @@ func (l *lineAwaiter) Write(b []byte) (int, error) {
 
 func (l *lineAwaiter) await(t *testing.T, text string) {
 	t.Helper()
-	limit := time.After(2 * time.Minute)
+	limit := time.After(20 * time.Minute) // it may have to wait for its turn
 	for {
 		select {
 		case line := <-l.lines:

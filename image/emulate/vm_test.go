@@ -206,7 +206,7 @@ func start(t *testing.T, cfg emulate.Config) *emulate.Pi {
 
 func wait(t *testing.T, pi *emulate.Pi, text string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
 	defer cancel()
 	line, err := pi.WaitLine(ctx, regexp.MustCompile(regexp.QuoteMeta(text)))
 	if err != nil {
