@@ -119,7 +119,7 @@ func emulateTPM(t *testing.T) string {
 	ended := make(chan struct{})
 	go func() { cmd.Wait(); close(ended) }()
 	t.Cleanup(func() { cmd.Process.Kill(); <-ended })
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		_, data := os.Stat(socket)
 		_, control := os.Stat(socket + ".ctrl")
 		if data == nil && control == nil {
@@ -205,7 +205,7 @@ exec /lib/systemd/systemd --system --unit=keyserver.service --log-target=console
 			clean = exec.Command(clean.Args[0], clean.Args[1:]...)
 		}
 	})
-	for deadline := time.Now().Add(40 * time.Second); !strings.Contains(s.read("log"), "msg=serving"); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); !strings.Contains(s.read("log"), "msg=serving"); time.Sleep(10 * time.Millisecond) {
 		select {
 		case <-ended:
 			if _, err := os.Stat(s.path("begun")); err != nil {
