@@ -143,11 +143,13 @@ func Run(ctx context.Context, env *part.Env) error {
 
 // memoryLimit is what the Go runtime tries to stay below, in bytes. Sessions that
 // need more get it, and pay for it with time.
-const memoryLimit = 14 << 20
+const memoryLimit = 16 << 20
 
 // stripes bounds what uploads may have under way beside their sessions, in windows of
 // 2 MiB: they are in memory when the disk is slower than the line. One upload may have
-// them all; who finds none uses its session alone.
+// them all; who finds none uses its session alone. With all of them full there is little
+// room below memoryLimit for garbage: our own pusher uses no more than two for an upload
+// that is long enough to keep them so.
 const stripes = 4
 
 // muchMoved is how many bytes make so much garbage that it is given back at once.

@@ -235,7 +235,7 @@ func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repositor
 		// it says so in the answer.
 		d.Stdin.Write(list.Ahead)
 		d.Stdin.Close()
-		client.Widen(stripes(client.RoundTrip(), offer.Bytes))
+		client.Widen(stripesAhead(client.RoundTrip(), offer.Bytes))
 	}
 	if err := receive(d, r, &answer.OfferAnswer); err != nil {
 		return answer, err
@@ -255,7 +255,7 @@ func (a *Appliance) offer(ctx context.Context, client *sshverb.Client, repositor
 				return answer, err
 			}
 			d.Stdin.Close()
-			client.Widen(stripes(client.RoundTrip(), offer.Bytes))
+			client.Widen(stripesAhead(client.RoundTrip(), offer.Bytes))
 		}
 		answer.OfferAnswer = pushwire.OfferAnswer{}
 		if err := receive(d, r, &answer.OfferAnswer); err != nil {

@@ -217,7 +217,7 @@ func (o *opening) discard() {
 // dealt over at most n stripes and the session's own channel, so that n+1 windows of
 // 2 MiB are under way at once. How many stripes there are the peer decides; without
 // any this is Start. It waits for the peer's word about stripes that [Client.Widen]
-// has not asked for in time.
+// has not asked for in time, and closes those that were asked for beyond n.
 func (c *Client) StartWide(ctx context.Context, verb string, n int) (*Dialogue, error) {
 	name, _, err := ParseVerb(verb)
 	if err != nil {
@@ -249,15 +249,17 @@ func (i wideInput) Close() error { return i.CloseWrite() }
 // granted returns at most n stripes, once the peer has answered for each that it was
 // asked for.
 func (c *Client) granted(ctx context.Context, n int) (all []*opening, err error) {
-	if n == 0 {
-		return nil, nil
-	}
 	c.Widen(n)
 	c.mu.Lock()
-	n = min(n, len(c.opening))
-	asked := slices.Clone(c.opening[:n])
-	c.opening = slices.Delete(c.opening, 0, n)
+	asked := c.opening
+	c.opening = nil
 	c.mu.Unlock()
+	if len(asked) > n {
+		for _, o := range asked[n:] {
+			go o.discard()
+		}
+		asked = asked[:n]
+	}
 	for _, o := range asked {
 		select {
 		case <-o.ready:

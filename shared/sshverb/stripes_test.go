@@ -176,6 +176,17 @@ func TestWide(t *testing.T) {
 	}
 	until(t, "all stripes are closed", func() bool { return s.open() == 0 })
 
+	// Who asked for more than he needs gives the rest back at once.
+	c.Widen(3)
+	until(t, "3 stripes are open", func() bool { return s.open() == 3 })
+	if d, err = c.StartWide(t.Context(), "wait", 1); err != nil {
+		t.Fatal(err)
+	}
+	<-s.waiting
+	until(t, "one stripe is open", func() bool { return s.open() == 1 })
+	d.Close()
+	until(t, "all stripes are closed", func() bool { return s.open() == 0 })
+
 	// A refusal's words come through, and free whoever writes.
 	if d, err = c.StartWide(t.Context(), "refuse", 3); err != nil {
 		t.Fatal(err)
