@@ -221,7 +221,10 @@ func (b *bench) upload(push string, r repo, need *manifest.Set) error {
 	c := b.uploading(push, r, need)
 	defer c.Close()
 	c.CloseWrite()
-	_, err := line(c, nil)
+	then, err := line(c, nil)
+	for err == nil && then == keepercall.ThenLine {
+		then, err = line(c, nil)
+	}
 	return err
 }
 
