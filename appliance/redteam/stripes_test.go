@@ -149,10 +149,10 @@ func stripeAttacks() []attack {
 			_, err = to.Commit(w.Context(), answer.Push)
 			return refused(err, "missing|not|incomplete")
 		}},
-		{kind, "a block of four gibibytes", "refused at its head", badDeal("a block of 4294967295 bytes|does not answer", func(session, _ io.WriteCloser) {
+		{kind, "a block of four gibibytes", "refused at its head", badDeal("a block of 4294967295 bytes|does not answer|unexpected EOF", func(session, _ io.WriteCloser) {
 			session.Write([]byte{0xff, 0xff, 0xff, 0xff, 'F'})
 		})},
-		{kind, "a channel that is cut off before the stream ends", "refused: not everything is there", badDeal("channel 1 ended before the stream did|does not answer", func(session, stripe io.WriteCloser) {
+		{kind, "a channel that is cut off before the stream ends", "refused: not everything is there", badDeal("channel 1 ended before the stream did|does not answer|unexpected EOF", func(session, stripe io.WriteCloser) {
 			session.Write(dealt(whole[:12]))
 			stripe.Close()
 			session.Close()
