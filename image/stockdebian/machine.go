@@ -63,7 +63,7 @@ type Machine struct {
 
 // Bounds of what a machine may do.
 const (
-	bootLimit = 4 * time.Minute
+	bootLimit = 10 * time.Minute
 	maxOutput = 8 << 20 // bytes that one block of commands may print
 	maxScript = 256 << 10
 )
