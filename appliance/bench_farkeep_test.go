@@ -9,10 +9,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"farkeep/appliance/benchtest"
+	"farkeep/appliance/disk"
 	"farkeep/appliance/localcall"
 	"farkeep/appliance/part"
 	"farkeep/appliance/status"
@@ -42,6 +44,8 @@ type benchAppliance struct {
 	header   part.Header
 	settings *settings.Appliance
 	running  map[string]*exec.Cmd
+
+	closed atomic.Int32 // so many times the disk is found closed
 }
 
 // buildPrograms builds the programs as "make all" does, into dir.
@@ -155,6 +159,9 @@ func (a *benchAppliance) playDisk(b testing.TB) {
 		done <- localcall.Serve(ctx, a.paths.Socket(part.Disk), []uint32{part.ReceiverUID}, func(_ context.Context, req localcall.Request, c *localcall.Conn) error {
 			switch req.Verb {
 			case "hold":
+				if a.closed.Add(-1) >= 0 {
+					return disk.NotOpen(status.DiskPowered)
+				}
 				if err := c.Reply(nil); err != nil {
 					return err
 				}

@@ -98,6 +98,13 @@ func Run(ctx context.Context, env *part.Env) error {
 	return group.Wait()
 }
 
+// NotOpen is what "hold" is refused with. It passes, and its code says so: a push
+// that hears it wakes the disk and asks again.
+func NotOpen(state string) error {
+	err := hint.Because(fmt.Errorf("the disk is not open (%s)", state), `"wake" opens it; try again when "status" says that it is mounted`)
+	return hint.Exit(hint.ExitUnreachable, err)
+}
+
 // Handle serves the part's verbs.
 func (d *Disk) Handle(_ context.Context, req localcall.Request, conn *localcall.Conn) error {
 	var none struct{}
@@ -114,9 +121,7 @@ func (d *Disk) Handle(_ context.Context, req localcall.Request, conn *localcall.
 	case VerbHold:
 		release, ok := d.Hold()
 		if !ok {
-			// It passes: a push that hears this code wakes the disk and asks again.
-			err := hint.Because(fmt.Errorf("the disk is not open (%s)", d.Status().State), `"wake" opens it; try again when "status" says that it is mounted`)
-			return hint.Exit(hint.ExitUnreachable, err)
+			return NotOpen(d.Status().State)
 		}
 		defer release()
 		if err := conn.Reply(none); err != nil {
