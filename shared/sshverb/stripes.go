@@ -191,16 +191,15 @@ func (c *Client) Widen(n int) {
 		c.opening = append(c.opening, o)
 		go func() {
 			o.channel, o.requests, o.err = c.conn.OpenChannel(stripeChannel, binary.BigEndian.AppendUint32(nil, o.number))
-			close(o.ready)
-			if o.err == nil {
-				ssh.DiscardRequests(o.requests)
-				return
-			}
 			var refused *ssh.OpenChannelError
 			if errors.As(o.err, &refused) && refused.Reason != ssh.ResourceShortage {
 				c.mu.Lock()
 				c.narrow = true // the peer knows none
 				c.mu.Unlock()
+			}
+			close(o.ready)
+			if o.err == nil {
+				ssh.DiscardRequests(o.requests)
 			}
 		}()
 	}

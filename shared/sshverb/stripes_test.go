@@ -288,20 +288,32 @@ func TestForeignStripes(t *testing.T) {
 			t.Errorf("channel %d ended: answered %q, %v", end, got, err)
 		}
 		d.Close()
+		until(t, "all stripes are closed", func() bool { return s.open() == 0 })
 	}
 }
 
 // Nobody keeps stripes that he does not use: the server closes them, and the
 // connection of a peer that does not follow.
 func TestUnusedStripes(t *testing.T) {
-	s := newWideServer(t, Limits{Stripes: 4, Handshake: 2 * time.Second, Grace: time.Minute})
+	s := newWideServer(t, Limits{Stripes: 4, Handshake: 4 * time.Second, Grace: 2 * time.Second})
 	c := s.dial(t)
-	c.Widen(4)
-	for _, o := range c.opening {
-		if <-o.ready; o.channel == nil {
-			t.Fatal("a stripe was not opened")
+	line := &deadLine{}
+	mute := s.dial(t, func(p *Peer) {
+		p.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+			line.Conn = conn
+			return line, err
+		}
+	})
+	for _, client := range []*Client{mute, c} {
+		client.Widen(2)
+		for _, o := range client.opening {
+			if <-o.ready; o.err != nil {
+				t.Fatal(o.err)
+			}
 		}
 	}
+	line.dead.Store(true)
 	until(t, "all stripes are closed", func() bool { return s.open() == 0 })
 	for _, o := range c.opening {
 		if _, err := o.channel.Write([]byte("x")); !errors.Is(err, io.EOF) {
@@ -312,22 +324,9 @@ func TestUnusedStripes(t *testing.T) {
 	if got := count(t, c, 4, 100); got != "100 <nil>" {
 		t.Errorf("with stripes that are too old: answered %q", got)
 	}
-
-	line := &deadLine{}
-	s = newWideServer(t, Limits{Stripes: 4, Handshake: 2 * time.Second, Grace: 50 * time.Millisecond})
-	mute := s.dial(t, func(p *Peer) {
-		p.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-			conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
-			line.Conn = conn
-			return line, err
-		}
-	})
-	mute.Widen(4)
-	for _, o := range mute.opening {
-		<-o.ready
+	if err := mute.conn.Wait(); err == nil {
+		t.Error("the connection of a peer that closes no stripe lives on")
 	}
-	line.dead.Store(true)
-	until(t, "the connection is closed", func() bool { return s.open() == 0 })
 }
 
 // deadLine takes what is sent and, once it is dead, does not carry it.
