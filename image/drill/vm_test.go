@@ -503,9 +503,17 @@ func (h *house) homeAgain(t *testing.T) {
 	_, err = r.Step(t.Context(), "choose-home", drill.Values{"BUNDLE": "/media/user/STICK"})
 	must(t, err)
 	must(t, r.Steps(t.Context(), "home-programs", "home-identities", "home-keys"))
-	// The stage reaches its appliances at this machine's loopback; this home has its own tunnel.
-	sh(fmt.Sprintf("sed -i 's/%s/10.77.0.2:22/' /etc/farkeep/site.toml\n", h.vault.At))
-	must(t, r.Steps(t.Context(), "home-vpn", "home-check", "home-serve"))
+	// The stage reaches its appliances at this machine's loopback, and sees no places; this
+	// home has its own tunnel, which says from where they come.
+	sh(fmt.Sprintf("sed -i -e 's/%s/10.77.0.2:22/' -e 's/^place = \"none\"/place = \"wireguard\"/' /etc/farkeep/site.toml\ngrep -q '^place = \"wireguard\"' /etc/farkeep/site.toml\n", h.vault.At))
+	must(t, r.Steps(t.Context(), "home-vpn"))
+	// The stage's own runbook has no step for places; the one of a site that judges them has.
+	text, err := os.ReadFile("../../docs/recovery.md")
+	must(t, err)
+	placed, err := drill.New(text, m)
+	must(t, err)
+	must(t, placed.Steps(t.Context(), "home-endpoints"))
+	must(t, r.Steps(t.Context(), "home-check", "home-serve"))
 	pi, err := emulate.Start(t.Context(), emulate.Config{
 		Machine: h.vault.Machine, Image: h.vault.Card, Disk: h.vault.Disk, Relay: h.vault.Relay,
 		Append: "farkeep.watchdog=softdog", FollowRestarts: true, Concurrent: true, Console: log, // the turn is the Debian's
@@ -520,6 +528,9 @@ func (h *house) homeAgain(t *testing.T) {
 		sh(fmt.Sprintf("mkdir -p %s\nfarkeep-pusher restore vault %s latest --to %s --restore-key /root/restore_key\n", filepath.Dir(repository.path), repository.name, repository.path))
 	}
 	t.Logf("%8.1f s  the appliance boots, gets its key, and gives the repositories back", time.Since(began).Seconds())
+	if out := sh("farkeep-keyserver audit\n"); !strings.Contains(out, " in 10.0.2.0/24") {
+		t.Errorf("the key server does not know from where the appliance came:\n%s", out)
+	}
 	must(t, r.Steps(t.Context(), "home-list", "home-push"))
 	count := func() int {
 		return strings.Count(sh("farkeep-pusher generations vault music\n"), "vault ")
