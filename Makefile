@@ -31,8 +31,9 @@ tools: ## build what a recovery bundle takes along, for both processors, into bi
 demo: needs all ## build an image, boot a Pi from it, push, cut its power, restore, raise the alarm
 	bin/farkeep-image demo --bin bin
 
+# Emulated machines take turns: a third package works while another one waits for its turn.
 test: needs all ## run every test, the emulated Pi included
-	$(GO) test -count=1 -timeout 28m -p 2 -tags vm ./...
+	$(GO) test -count=1 -timeout 28m -p 3 -tags vm ./...
 
 test-fast: needs ## run the tests that need no emulator
 	$(GO) test -timeout 10m ./...
