@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"time"
 )
 
 // Of a compaction day: one file of each segment goes, so that all the others move.
@@ -105,11 +107,13 @@ func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, sto
 		err error
 	}
 	pushed := make(chan end, 1)
+	d.vault.Pi.Mark()
 	go func() {
 		out, err := d.s.Push(ctx, "--target", d.vault.Name, "--json", "--rate-limit", "50000")
 		pushed <- end{out, err}
 	}()
-	if err := d.uploading(ctx, d.vault, bytes); err != nil {
+	// What is still on its way of an earlier push counts for nothing.
+	if err := errors.Join(d.says(ctx, offerTaken), d.uploading(ctx, d.vault, bytes)); err != nil {
 		cancel()
 		return errors.Join(err, (<-pushed).err)
 	}
@@ -125,6 +129,21 @@ func (d *show) interrupted(ctx context.Context, c *compaction, bytes uint64, sto
 	c.copied += p.Copied
 	d.say("until then it had sent %d kB, and had %d kB copied from the generation before", p.Sent/1000, p.Copied/1000)
 	return err
+}
+
+// What the Pi says on its console: an offer was answered, and an upload that was cut
+// off has been made durable as far as it came.
+var (
+	offerTaken = regexp.MustCompile(`keeper: done verb=offer`)
+	uploadCut  = regexp.MustCompile(`keeper: refused or failed verb=upload`)
+)
+
+// says waits until the Pi says so, since its console was marked.
+func (d *show) says(ctx context.Context, what *regexp.Regexp) error {
+	return within(ctx, 5*time.Minute, func(ctx context.Context) error {
+		_, err := d.vault.Pi.WaitLine(ctx, what)
+		return err
+	})
 }
 
 // resumed checks the push that went to the end, by what it reports.

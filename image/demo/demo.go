@@ -276,7 +276,10 @@ func (d *show) powerCut(ctx context.Context) error {
 		return err
 	}
 	if err := d.step("begin a push, and end the pusher in the middle", func() error {
-		return d.interrupted(ctx, &day, 150_000, func() error { return nil })
+		if err := d.interrupted(ctx, &day, 150_000, func() error { return nil }); err != nil {
+			return err
+		}
+		return d.says(ctx, uploadCut)
 	}); err != nil {
 		return err
 	}
