@@ -45,7 +45,7 @@ func newRootCmd(env *Env) *cobra.Command {
 	root := &cobra.Command{
 		Use:           program,
 		Short:         "Make Farkeep's card image, sites and disks",
-		Long:          "farkeep-image makes what an appliance needs before it travels: the card image,\nits personal settings, the site's secrets and the encrypted disk.\n\nExit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 partly\ndone, 4 refused by the other side, 5 out of reach, 130 interrupted.",
+		Long:          "farkeep-image makes what an appliance needs before it travels: the card image,\nits personal settings, the site's secrets and the encrypted disk.\n\n" + usage.ExitCodes,
 		Example:       "  farkeep-image build --out farkeep.img\n  farkeep-image personalise --image farkeep.img --settings vault.farkeep.toml --out vault.img",
 		SilenceUsage:  true,
 		SilenceErrors: true,

@@ -58,8 +58,7 @@ func newRootCmd(env *Env) *cobra.Command {
 		Long: `farkeep-keyserver gives an appliance the key of its disk, as long as nobody has
 revoked it, and writes down every decision before it acts on it.
 
-Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 partly
-done, 4 refused by the other side, 5 out of reach, 130 interrupted.`,
+` + usage.ExitCodes,
 		Example: `  farkeep-keyserver check
   farkeep-keyserver serve
   farkeep-keyserver list

@@ -99,8 +99,7 @@ func newRootCmd(env *Env) *cobra.Command {
 generations that nobody at home can alter. Borg goes on meanwhile: a repository
 is locked for a moment only.
 
-Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 partly
-done, 4 refused by the other side, 5 out of reach, 130 interrupted.`,
+` + usage.ExitCodes,
 		Example: `  farkeep-pusher check
   farkeep-pusher push
   farkeep-pusher status

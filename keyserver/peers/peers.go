@@ -207,10 +207,7 @@ func (p *Peers) try(ctx context.Context, to peer, orders []Pending, each func(Ou
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.c.Attempt)
 	defer cancel()
-	client, err := sshverb.Dial(ctx, sshverb.Peer{
-		Address: to.address, User: "key-server", Identity: p.c.HostKey, HostKey: to.key,
-		Connect: p.c.Connect, Idle: p.c.Attempt, DialContext: p.c.DialContext,
-	})
+	client, err := p.dial(ctx, to)
 	if err == nil {
 		defer client.Close()
 	}
@@ -378,4 +375,12 @@ func (p *Peers) Exec(ctx context.Context, name string, session *sshverb.Session)
 	}
 	_, err = session.Stdout.Write(append(text, '\n'))
 	return err
+}
+
+// dial connects to another key server, as this one's host key.
+func (p *Peers) dial(ctx context.Context, to peer) (*sshverb.Client, error) {
+	return sshverb.Dial(ctx, sshverb.Peer{
+		Address: to.address, User: "key-server", Identity: p.c.HostKey, HostKey: to.key,
+		Connect: p.c.Connect, Idle: p.c.Attempt, DialContext: p.c.DialContext,
+	})
 }

@@ -86,10 +86,7 @@ func (p *Peers) where(ctx context.Context, o peer, source string, from netip.Add
 	case <-ctx.Done():
 		return place.Sighting{}, ctx.Err()
 	}
-	client, err := sshverb.Dial(ctx, sshverb.Peer{
-		Address: o.address, User: "key-server", Identity: p.c.HostKey, HostKey: o.key,
-		Connect: p.c.Connect, Idle: p.c.Attempt, DialContext: p.c.DialContext,
-	})
+	client, err := p.dial(ctx, o)
 	if err != nil {
 		return place.Sighting{}, err
 	}

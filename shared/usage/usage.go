@@ -15,6 +15,10 @@ import (
 	"farkeep/shared/hint"
 )
 
+// ExitCodes ends a root command's help: the codes of shared/hint, in words.
+const ExitCodes = `Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 partly
+done, 4 refused by the other side, 5 out of reach, 130 interrupted.`
+
 // Args gives check's complaint about arguments the exit code and the hint of
 // one about flags.
 func Args(check cobra.PositionalArgs) cobra.PositionalArgs {
