@@ -128,10 +128,8 @@ func (at *places) sources(r *reading, names []string, env *Env, log *slog.Logger
 			all = append(all, directory.NewReader(d.Name, d.Path))
 		}
 	}
-	for _, name := range names {
-		if !slices.Contains(known, name) {
-			return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), "one of %s, or a folder: ./NAME", strings.Join(known, ", ")))
-		}
+	if err := at.knows(known, names, "one of %s, or a folder: ./NAME"); err != nil {
+		return nil, err
 	}
 	if len(all) > 1 && r.address != "" {
 		return nil, hint.Exit(hint.ExitUsage, errors.New("--address is for one appliance: name it"))

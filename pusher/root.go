@@ -236,10 +236,8 @@ func (at *places) targets(me *self, names []string, memory *repository.Memory, e
 			all = append(all, directory.New(directory.Config{Name: d.Name, Path: d.Path, Used: used[d.Name], Pusher: me.name, Now: env.Now, Log: log}))
 		}
 	}
-	for _, name := range names {
-		if !slices.Contains(known, name) {
-			return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), "one of %s", strings.Join(known, ", ")))
-		}
+	if err := at.knows(known, names, "one of %s"); err != nil {
+		return nil, err
 	}
 	if len(all) == 0 {
 		return nil, hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target", at.site), `"farkeep-image site add appliance" adds one`))
@@ -295,4 +293,14 @@ func find(me *self, memory *repository.Memory) (repository.Found, error) {
 
 func (at *places) memory() *repository.Memory {
 	return repository.NewMemory(filepath.Join(at.state, "repositories"))
+}
+
+// knows refuses a name that is none of the site's targets; advice has room for theirs.
+func (at *places) knows(known, names []string, advice string) error {
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return hint.Exit(hint.ExitUsage, hint.Because(fmt.Errorf("%s names no target %q", at.site, name), advice, strings.Join(known, ", ")))
+		}
+	}
+	return nil
 }
